@@ -1,0 +1,176 @@
+"""Contractions: what is asked of every parameter's factored gradient.
+
+The δ recursion hands each parameter's factors to that parameter's contraction as soon as they
+are known, and keeps only what it returns. A tree of contractions has the shape of the
+parameters, or is a prefix of it: a single contraction asks the same of every parameter below.
+
+A contraction says three things: what it takes from one parameter's factors (``__call__``), how
+the results of a stack of layers join (``join``), and whether the results of two uses of the same
+parameter may simply be added (``additive``: totals may, norms may not).
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from .factors import Factored, Stacked
+
+Tree = Any
+
+
+class Contraction:
+    """What is asked of one parameter's factored gradient."""
+
+    additive: ClassVar[bool] = False
+
+    def __call__(self, factor: Factored) -> Any:
+        """The result for one parameter."""
+        raise NotImplementedError
+
+    def join(self, results: Any) -> Any:
+        """The result for a stack of layers, from theirs with the layers on a new first axis."""
+        return results
+
+    def __getitem__(self, key: Any) -> Contraction:
+        """Asked of a whole tree, a contraction is asked of every part of it."""
+        return self
+
+
+_contraction = functools.partial(
+    jax.tree_util.register_dataclass, data_fields=[], meta_fields=[]
+)
+
+
+@_contraction
+@dataclass(frozen=True)
+class Total(Contraction):
+    """Σₙ gₙ."""
+
+    additive = True
+
+    def __call__(self, factor: Factored) -> Array:
+        return factor.total()
+
+
+@_contraction
+@dataclass(frozen=True)
+class Each(Contraction):
+    """gₙ, one gradient per example."""
+
+    additive = True
+
+    def __call__(self, factor: Factored) -> Array:
+        return factor.each()
+
+    def join(self, results: Array) -> Array:
+        return jnp.moveaxis(results, 0, 1)
+
+
+@_contraction
+@dataclass(frozen=True)
+class SquaredNorm(Contraction):
+    """‖gₙ‖²."""
+
+    def __call__(self, factor: Factored) -> Array:
+        return factor.squared_norm()
+
+    def join(self, results: Array) -> Array:
+        return results.sum(0)
+
+
+@_contraction
+@dataclass(frozen=True)
+class Gram(Contraction):
+    """⟨gₙ, gₘ⟩ for every pair of examples."""
+
+    def __call__(self, factor: Factored) -> Array:
+        return factor.gram(factor)
+
+    def join(self, results: Array) -> Array:
+        return results.sum(0)
+
+
+@_contraction
+@dataclass(frozen=True)
+class SecondMoment(Contraction):
+    """Mean over n of gₙ², element by element."""
+
+    def __call__(self, factor: Factored) -> Array:
+        return factor.second_moment()
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["v"], meta_fields=[])
+@dataclass(frozen=True)
+class Dot(Contraction):
+    """⟨gₙ, v⟩ for one parameter's ``v``. In a stack, ``v`` is split among the layers."""
+
+    v: Array
+
+    additive = True
+
+    def __call__(self, factor: Factored) -> Array:
+        return factor.dot(self.v)
+
+    def join(self, results: Array) -> Array:
+        return results.sum(0)
+
+
+@_contraction
+@dataclass(frozen=True)
+class Keep(Contraction):
+    """The factors themselves, for a second look."""
+
+    def __call__(self, factor: Factored) -> Factored:
+        return factor
+
+    def join(self, results: Factored) -> Stacked:
+        return Stacked(results)
+
+
+@_contraction
+@dataclass(frozen=True)
+class Drop(Contraction):
+    """Nothing: the parameter is frozen and its gradient is never computed."""
+
+    additive = True
+
+    def __call__(self, factor: Factored) -> None:
+        return None
+
+
+total, each, squared_norm, gram = Total(), Each(), SquaredNorm(), Gram()
+second_moment, keep, drop = SecondMoment(), Keep(), Drop()
+
+
+def _is_contraction(node: Any) -> bool:
+    return isinstance(node, Contraction)
+
+
+def _is_factor(node: Any) -> bool:
+    return isinstance(node, Factored)
+
+
+def contract_factors(contract: Tree, factors: Tree) -> Tree:
+    """Hands each factored gradient to its contraction."""
+    return jax.tree.map(
+        lambda c, below: jax.tree.map(c, below, is_leaf=_is_factor),
+        contract,
+        factors,
+        is_leaf=_is_contraction,
+    )
+
+
+def join_results(contract: Tree, results: Tree) -> Tree:
+    """Joins results whose first axis is the layers of a stack."""
+    return jax.tree.map(
+        lambda c, below: jax.tree.map(c.join, below, is_leaf=_is_factor),
+        contract,
+        results,
+        is_leaf=_is_contraction,
+    )

@@ -1,0 +1,147 @@
+"""Gradients of a batch's mean cost, by hand or by autodiff, and the δ of every layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from .contractions import Contraction, drop, each, total
+from .factors import Itself
+from .layer import Layer, ModelError, textbook
+from .losses import Loss
+from .recursion import recursion
+
+Tree = Any
+METHODS = ("manual", "autodiff")
+
+
+def value_and_grad(
+    model: Layer, loss: Loss, *, method: str = "manual"
+) -> Callable[..., tuple[Array, Tree]]:
+    """The mean cost of a batch and its gradient.
+
+        C = Σₙ wₙ Cₙ / Σₙ wₙ
+
+    Args:
+      model: a layer.
+      loss: a loss, from ``bp.losses``.
+      method: ``"manual"``, the hand-written δ recursion, or ``"autodiff"``, the same function by
+        ``jax.value_and_grad``.
+
+    Returns:
+      ``fn(params, x, y, *, weights=None, key=None) -> (C, gradient)``. x and y have the examples
+      on their first axis; weights wₙ, ``(batch,)``, are 1 if not given; the gradient has the
+      tree, shapes and dtypes of ``params``.
+
+    Raises:
+      ValueError: for an unknown method.
+      ModelError: when called with what does not fit the model.
+    """
+    if method not in METHODS:
+        raise ValueError(f"method: takes one of {METHODS}, got {method!r}")
+    if method == "autodiff":
+        return _autodiff(model, loss)
+
+    def fn(
+        params: Tree, x: Tree, y: Tree, *, weights: Array | None = None, key: Array | None = None
+    ) -> tuple[Array, Tree]:
+        costs, backward = recursion(model.batched, loss, params, x, y, key)
+        weights = mean_weights(costs, weights)
+        return weights @ costs, like(params, backward(weights, total))
+
+    return fn
+
+
+def grad(model: Layer, loss: Loss, *, method: str = "manual") -> Callable[..., Tree]:
+    """The gradient of a batch's mean cost: ``value_and_grad`` without the value."""
+    both = value_and_grad(model, loss, method=method)
+
+    def fn(
+        params: Tree, x: Tree, y: Tree, *, weights: Array | None = None, key: Array | None = None
+    ) -> Tree:
+        return both(params, x, y, weights=weights, key=key)[1]
+
+    return fn
+
+
+def _autodiff(model: Layer, loss: Loss) -> Callable[..., tuple[Array, Tree]]:
+    formulas = textbook(model.batched)
+
+    def objective(
+        params: Tree, x: Tree, y: Tree, weights: Array | None, key: Array | None
+    ) -> Array:
+        costs, _ = recursion(formulas, loss, params, x, y, key)
+        return mean_weights(costs, weights) @ costs
+
+    def fn(
+        params: Tree, x: Tree, y: Tree, *, weights: Array | None = None, key: Array | None = None
+    ) -> tuple[Array, Tree]:
+        return jax.value_and_grad(objective)(params, x, y, weights, key)
+
+    return fn
+
+
+def deltas(model: Layer, loss: Loss) -> Callable[..., Tree]:
+    """δ at every layer: ∂Cₙ/∂(output of the layer), for each example.
+
+    Behind a dense layer this is the derivation's δ^l = ∂C/∂z^l; behind an activation, ∂C/∂a^l.
+
+    Returns:
+      ``fn(params, x, y, *, key=None) -> δ``: a tuple with one entry per layer of a chain, nested
+      where layers nest, each entry of the shape of the layer's output for the batch; in
+      ``repeat``, the layers on the second axis.
+
+    Raises:
+      ModelError: when called with what does not fit the model.
+    """
+    probed = _probed(model.batched)
+
+    def fn(params: Tree, x: Tree, y: Tree, *, key: Array | None = None) -> Tree:
+        costs, backward = recursion(probed, loss, params, x, y, key)
+        return backward(jnp.ones_like(costs), each)
+
+    return fn
+
+
+def _probed(layer: Layer) -> Layer:
+    """The layer (batched) whose results are its δ in place of its parameters' contractions.
+
+    δ is the gradient of a bias that nobody added (BP3), so it is contracted as one.
+    """
+    if layer.rebuild is not None:
+        return layer.rebuild(*map(_probed, layer.parts))
+
+    def backward(
+        params: Tree, residuals: Tree, dy: Tree, contract: Contraction
+    ) -> tuple[Tree, Tree]:
+        dx, _ = layer.backward(params, residuals, dy, drop)
+        return dx, jax.tree.map(lambda delta: contract(Itself(delta)), dy)
+
+    return Layer(layer.name, layer.init, layer.forward, backward)
+
+
+def mean_weights(costs: Array, weights: Array | None) -> Array:
+    """∂C/∂Cₙ = wₙ / Σ w, for the mean over a batch; 0 where all weights are 0."""
+    if weights is None:
+        return jnp.full(costs.shape, 1 / costs.size, costs.dtype)
+    weights = checked_weights(costs, weights)
+    sum_ = weights.sum()
+    return weights / jnp.where(sum_ == 0, 1, sum_)
+
+
+def checked_weights(costs: Array, weights: Array) -> Array:
+    """The weights, one per example, in the costs' dtype."""
+    if jnp.shape(weights) != costs.shape:
+        raise ModelError(
+            f"weights: takes one per example, {costs.shape}, got {jnp.shape(weights)}"
+        )
+    return jnp.asarray(weights, costs.dtype)
+
+
+def like(params: Tree, results: Tree) -> Tree:
+    """Gradients in their parameters' dtypes."""
+    return jax.tree.map(lambda p, g: g.astype(p.dtype), params, results)

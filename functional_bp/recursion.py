@@ -1,0 +1,58 @@
+"""The δ recursion over a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax import Array
+
+from .factors import per_example
+from .layer import Layer, ModelError, batch_size, described, place
+from .losses import Loss
+
+Tree = Any
+
+
+def recursion(
+    model: Layer, loss: Loss, params: Tree, x: Tree, y: Tree, key: Array | None = None
+) -> tuple[Array, Callable[[Array, Tree], Tree]]:
+    """Runs a model forward over a batch, ready to run δ back.
+
+    Args:
+      model: a batched form, ``layer.batched``.
+
+    Returns:
+      costs: C for each example, ``(batch,)``.
+      backward: ``(weights, contract) -> results``. The weights, ``(batch,)``, are ∂(objective)/∂Cₙ;
+        they scale δ^L, once, and with it everything below.
+    """
+    _check_batch(x, y)
+    a, residuals = model.forward(params, x, key)
+    with place(f"{loss.name}:"):
+        loss.check(a, y)
+        costs = jax.vmap(loss.value)(a, y)
+
+    def backward(weights: Array, contract: Tree) -> Tree:
+        delta = jax.vmap(loss.delta)(a, y)  # BP1
+        delta = jax.tree.map(lambda d: per_example(weights, d), delta)
+        _, results = model.backward(params, residuals, delta, contract)  # BP2–BP4
+        return results
+
+    return costs, backward
+
+
+
+def _check_batch(x: Tree, y: Tree) -> None:
+    sizes = []
+    for what, tree in (("x", x), ("y", y)):
+        with place(f"{what}:"):
+            sizes.append(batch_size(tree))
+    if sizes[0] != sizes[1]:
+        raise ModelError(
+            f"x and y: takes as many targets as examples, got {sizes[0]} examples "
+            f"{described(x)} and {sizes[1]} targets {described(y)}"
+        )
+    if sizes[0] == 0:
+        raise ModelError(f"x: takes at least one example, got an empty batch {described(x)}")

@@ -1,0 +1,35 @@
+"""Layers that only move numbers about."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from .activations import no_parameters
+from .layer import ModelError, described, rule
+
+Tree = Any
+
+
+@jax.tree_util.register_static
+@dataclass(frozen=True)
+class _Shape:
+    """A shape as a residual: known when tracing, and no array."""
+
+    sizes: tuple[int, ...]
+
+
+def _flatten_forward(params: Tree, x: Array, key: Array | None = None) -> tuple[Array, _Shape]:
+    return x.reshape(-1), _Shape(x.shape)
+
+
+def _flatten_backward(params: Tree, shape: _Shape, dy: Array) -> tuple[Array, Tree]:
+    return dy.reshape(shape.sizes), ()
+
+
+flatten = rule(no_parameters, _flatten_forward, _flatten_backward, name="flatten")
+"""y = all numbers of one example's array on one axis; ∂C/∂x = ∂C/∂y in x's shape."""
