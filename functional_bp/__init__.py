@@ -19,3 +19,35 @@ from .gradients import deltas, grad, value_and_grad
 from .layer import Layer, ModelError, rule
 from .per_example import clipped_grad, per_example_grad_norms, per_example_grads
 from .reshape import flatten
+
+__all__ = [
+    "Layer",
+    "ModelError",
+    "activation",
+    "chain",
+    "clipped_grad",
+    "contractions",
+    "deltas",
+    "dense",
+    "factors",
+    "flatten",
+    "gelu",
+    "gelu_tanh",
+    "grad",
+    "identity",
+    "leaky_relu",
+    "losses",
+    "parallel",
+    "per_example_grad_norms",
+    "per_example_grads",
+    "relu",
+    "repeat",
+    "residual",
+    "rule",
+    "sigmoid",
+    "silu",
+    "softplus",
+    "tanh",
+    "tied",
+    "value_and_grad",
+]

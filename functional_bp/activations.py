@@ -10,7 +10,6 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
@@ -120,7 +119,9 @@ def _silu_derivative(z: Array) -> Array:
 silu = activation(lambda z: z * lax.logistic(z), _silu_derivative, name="silu")
 """σ(z) = z s, s = sigmoid(z); σ′ = s (1 + z (1 − s)). (Elfwing et al. 2018.)"""
 
-softplus = activation(lambda z: jnp.logaddexp(z, 0.0).astype(z.dtype), lax.logistic, name="softplus")
+softplus = activation(
+    lambda z: jnp.logaddexp(z, 0.0).astype(z.dtype), lax.logistic, name="softplus"
+)
 """σ(z) = log(1 + e^z); σ′ = sigmoid(z). (Dugas et al. 2001.)"""
 
 

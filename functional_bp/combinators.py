@@ -252,9 +252,7 @@ def tied(layer: Layer, ties: dict[Path, Path]) -> Layer:
         ) -> tuple[Tree, Tree]:
             return part.backward(fill(params), residuals, dy, contract)
 
-        return Layer(
-            f"tied({part.name})", init, forward, backward, parts=(part,), rebuild=filled
-        )
+        return Layer(f"tied({part.name})", init, forward, backward, parts=(part,), rebuild=filled)
 
     inner = filled(layer)
 

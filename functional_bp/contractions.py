@@ -42,9 +42,7 @@ class Contraction:
         return self
 
 
-_contraction = functools.partial(
-    jax.tree_util.register_dataclass, data_fields=[], meta_fields=[]
-)
+_contraction = functools.partial(jax.tree_util.register_dataclass, data_fields=[], meta_fields=[])
 
 
 @_contraction

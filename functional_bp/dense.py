@@ -70,9 +70,7 @@ def dense(
         factors = {"weight": Outer(delta, a)} | ({"bias": Summed(delta)} if bias else {})
         return da.astype(a.dtype), factors
 
-    return rule(
-        init, forward, backward, name=f"dense({features})", check=check, positionwise=True
-    )
+    return rule(init, forward, backward, name=f"dense({features})", check=check, positionwise=True)
 
 
 def _check_input(a: Array) -> None:
@@ -85,9 +83,7 @@ def _check_input(a: Array) -> None:
 def _check_params(params: Tree, names: tuple[str, ...], features: int, a: Array) -> None:
     if not isinstance(params, dict) or set(params) != set(names):
         given = sorted(params) if isinstance(params, dict) else type(params).__name__
-        raise ModelError(
-            f"takes parameters {list(names)}, got {given}; are they another model's?"
-        )
+        raise ModelError(f"takes parameters {list(names)}, got {given}; are they another model's?")
     W = params["weight"]
     if W.shape[0] != features or (len(names) > 1 and params["bias"].shape != (features,)):
         raise ModelError(

@@ -281,5 +281,3 @@ class Stacked(Factored):
         if not isinstance(other, Stacked):
             raise TypeError(f"a stacked gradient meets another of the same stack, not {other}")
         return lax.map(lambda fg: pair(*fg), (self.layers, other.layers)).sum(0)
-
-

@@ -136,9 +136,7 @@ def mean_weights(costs: Array, weights: Array | None) -> Array:
 def checked_weights(costs: Array, weights: Array) -> Array:
     """The weights, one per example, in the costs' dtype."""
     if jnp.shape(weights) != costs.shape:
-        raise ModelError(
-            f"weights: takes one per example, {costs.shape}, got {jnp.shape(weights)}"
-        )
+        raise ModelError(f"weights: takes one per example, {costs.shape}, got {jnp.shape(weights)}")
     return jnp.asarray(weights, costs.dtype)
 
 

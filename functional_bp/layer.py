@@ -186,29 +186,34 @@ def rule(
 
 
 def _check_factors(params: Tree, factors: Tree) -> None:
-    found = jax.tree.structure(factors, is_leaf=lambda node: isinstance(node, Factored))
-    if found != jax.tree.structure(params):
+    found = jax.tree.leaves(factors, is_leaf=lambda node: isinstance(node, Factored))
+    wanted = jax.tree.structure(params)
+    if not all(isinstance(f, Factored) for f in found) or wanted != jax.tree.structure(
+        factors, is_leaf=lambda node: isinstance(node, Factored)
+    ):
         raise ModelError(
-            "backward takes one factored gradient (bp.factors) per parameter: parameters "
-            f"{jax.tree.structure(params)}, factors {found}"
+            f"backward gives one factored gradient (bp.factors) per parameter, {wanted}; "
+            f"got {factors}"
         )
 
 
 def batch_size(x: Tree) -> int:
     """The number of examples in a batch: the length of every leaf's first axis."""
-    sizes = {leaf.shape[0] if leaf.ndim else None for leaf in jax.tree.leaves(x)}
-    if len(sizes) != 1 or None in sizes:
+    sizes = {leaf.shape[0] if leaf.ndim else -1 for leaf in jax.tree.leaves(x)}
+    if len(sizes) != 1 or -1 in sizes:
         raise ModelError(
-            "takes a batch with the examples on the first axis of every array, got "
-            f"{described(x)}"
+            f"takes a batch with the examples on the first axis of every array, got {described(x)}"
         )
-    return sizes.pop()
+    return int(sizes.pop())
 
 
 def one_of(x: Tree) -> Tree:
     """The shapes and dtypes of one example of a batch."""
     batch_size(x)
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), x)
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype),  # type: ignore[no-untyped-call]
+        x,
+    )
 
 
 def described(x: Tree) -> str:

@@ -19,7 +19,7 @@ import numpy as np
 from jax import Array
 
 from .factors import accumulator
-from .layer import ModelError, described
+from .layer import ModelError
 
 Tree = Any
 
@@ -86,7 +86,7 @@ def _ids_or_probabilities(a: Array, y: Array) -> None:
         )
     if not isinstance(y, jax.core.Tracer):
         ids = np.asarray(y)
-        if ids.size and not (0 <= ids.min() and ids.max() < classes):
+        if ids.size and not (ids.min() >= 0 and ids.max() < classes):
             raise ModelError(
                 f"takes class ids from 0 to {classes - 1}, got {ids.min()} to {ids.max()}"
             )

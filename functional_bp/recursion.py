@@ -43,7 +43,6 @@ def recursion(
     return costs, backward
 
 
-
 def _check_batch(x: Tree, y: Tree) -> None:
     sizes = []
     for what, tree in (("x", x), ("y", y)):

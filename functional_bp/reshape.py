@@ -6,11 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax import Array
 
 from .activations import no_parameters
-from .layer import ModelError, described, rule
+from .layer import rule
 
 Tree = Any
 
