@@ -15,12 +15,15 @@ from .layer import Layer, ModelError, described, rule
 Tree = Any
 Initializer = Callable[..., Array]
 
+lecun_normal = jax.nn.initializers.lecun_normal(in_axis=-1, out_axis=-2)
+"""Normal with variance 1/in, for a weight ``(out, in)``. (LeCun et al. 1998.)"""
+
 
 def dense(
     features: int,
     *,
     bias: bool = True,
-    weight_init: Initializer = jax.nn.initializers.lecun_normal(in_axis=-1, out_axis=-2),
+    weight_init: Initializer = lecun_normal,
     bias_init: Initializer = jax.nn.initializers.zeros,
 ) -> Layer:
     """A fully connected layer, at every position of its input.

@@ -186,11 +186,12 @@ def rule(
 
 
 def _check_factors(params: Tree, factors: Tree) -> None:
-    found = jax.tree.leaves(factors, is_leaf=lambda node: isinstance(node, Factored))
-    wanted = jax.tree.structure(params)
-    if not all(isinstance(f, Factored) for f in found) or wanted != jax.tree.structure(
-        factors, is_leaf=lambda node: isinstance(node, Factored)
-    ):
+    def is_factor(node: Any) -> bool:
+        return isinstance(node, Factored)
+
+    found: Any = jax.tree.structure(factors, is_leaf=is_factor)
+    wanted: Any = jax.tree.structure(params)
+    if found != wanted or not all(map(is_factor, jax.tree.leaves(factors, is_leaf=is_factor))):
         raise ModelError(
             f"backward gives one factored gradient (bp.factors) per parameter, {wanted}; "
             f"got {factors}"
