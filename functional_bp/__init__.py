@@ -15,6 +15,7 @@ from .activations import (
 )
 from .combinators import chain, parallel, repeat, residual, tied
 from .dense import dense
+from .freezing import merged, trainable
 from .gradients import deltas, grad, value_and_grad
 from .layer import Layer, ModelError, rule
 from .per_example import clipped_grad, per_example_grad_norms, per_example_grads
@@ -37,6 +38,7 @@ __all__ = [
     "identity",
     "leaky_relu",
     "losses",
+    "merged",
     "parallel",
     "per_example_grad_norms",
     "per_example_grads",
@@ -49,5 +51,6 @@ __all__ = [
     "softplus",
     "tanh",
     "tied",
+    "trainable",
     "value_and_grad",
 ]

@@ -11,6 +11,7 @@ from jax import Array
 
 from .contractions import Contraction, drop, each, total
 from .factors import Itself
+from .freezing import Frozen, frozen_leaves, merged, trainable
 from .layer import Layer, ModelError, textbook
 from .losses import Loss
 from .recursion import recursion
@@ -20,7 +21,7 @@ METHODS = ("manual", "autodiff")
 
 
 def value_and_grad(
-    model: Layer, loss: Loss, *, method: str = "manual"
+    model: Layer, loss: Loss, *, method: str = "manual", frozen: Frozen = None
 ) -> Callable[..., tuple[Array, Tree]]:
     """The mean cost of a batch and its gradient.
 
@@ -31,11 +32,13 @@ def value_and_grad(
       loss: a loss, from ``bp.losses``.
       method: ``"manual"``, the hand-written δ recursion, or ``"autodiff"``, the same function by
         ``jax.value_and_grad``.
+      frozen: parameters whose gradient is never computed: a tree of bools in the shape of the
+        parameters or a prefix of it, or a predicate on paths such as ``lambda path: path[0] < 3``.
 
     Returns:
       ``fn(params, x, y, *, weights=None, key=None) -> (C, gradient)``. x and y have the examples
       on their first axis; weights wₙ, ``(batch,)``, are 1 if not given; the gradient has the
-      tree, shapes and dtypes of ``params``.
+      tree, shapes and dtypes of ``params``, with None at each frozen parameter.
 
     Raises:
       ValueError: for an unknown method.
@@ -43,44 +46,38 @@ def value_and_grad(
     """
     if method not in METHODS:
         raise ValueError(f"method: takes one of {METHODS}, got {method!r}")
-    if method == "autodiff":
-        return _autodiff(model, loss)
+    batched = model.batched if method == "manual" else textbook(model.batched)
 
-    def fn(
+    def manual(
         params: Tree, x: Tree, y: Tree, *, weights: Array | None = None, key: Array | None = None
     ) -> tuple[Array, Tree]:
-        costs, backward = recursion(model.batched, loss, params, x, y, key)
+        costs, backward = recursion(batched, loss, params, x, y, key)
         weights = mean_weights(costs, weights)
-        return weights @ costs, like(params, backward(weights, total))
+        contract = jax.tree.map(lambda f: drop if f else total, frozen_leaves(params, frozen))
+        return weights @ costs, like(trainable(params, frozen), backward(weights, contract))
 
-    return fn
+    def autodiff(
+        params: Tree, x: Tree, y: Tree, *, weights: Array | None = None, key: Array | None = None
+    ) -> tuple[Array, Tree]:
+        def mean_cost(trained: Tree) -> Array:
+            costs, _ = recursion(batched, loss, merged(trained, params), x, y, key)
+            return mean_weights(costs, weights) @ costs
+
+        return jax.value_and_grad(mean_cost)(trainable(params, frozen))
+
+    return manual if method == "manual" else autodiff
 
 
-def grad(model: Layer, loss: Loss, *, method: str = "manual") -> Callable[..., Tree]:
+def grad(
+    model: Layer, loss: Loss, *, method: str = "manual", frozen: Frozen = None
+) -> Callable[..., Tree]:
     """The gradient of a batch's mean cost: ``value_and_grad`` without the value."""
-    both = value_and_grad(model, loss, method=method)
+    both = value_and_grad(model, loss, method=method, frozen=frozen)
 
     def fn(
         params: Tree, x: Tree, y: Tree, *, weights: Array | None = None, key: Array | None = None
     ) -> Tree:
         return both(params, x, y, weights=weights, key=key)[1]
-
-    return fn
-
-
-def _autodiff(model: Layer, loss: Loss) -> Callable[..., tuple[Array, Tree]]:
-    formulas = textbook(model.batched)
-
-    def objective(
-        params: Tree, x: Tree, y: Tree, weights: Array | None, key: Array | None
-    ) -> Array:
-        costs, _ = recursion(formulas, loss, params, x, y, key)
-        return mean_weights(costs, weights) @ costs
-
-    def fn(
-        params: Tree, x: Tree, y: Tree, *, weights: Array | None = None, key: Array | None = None
-    ) -> tuple[Array, Tree]:
-        return jax.value_and_grad(objective)(params, x, y, weights, key)
 
     return fn
 

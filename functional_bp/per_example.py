@@ -11,9 +11,10 @@ import jax.numpy as jnp
 from jax import Array
 
 from .contractions import each, squared_norm, total
-from .gradients import checked_weights, like
+from .gradients import like
 from .layer import Layer, ModelError
 from .losses import Loss
+from .microbatches import in_microbatches
 from .recursion import recursion
 
 Tree = Any

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import Array
 
 from .factors import per_example
@@ -28,7 +29,7 @@ def recursion(
       backward: ``(weights, contract) -> results``. The weights, ``(batch,)``, are ∂(objective)/∂Cₙ;
         they scale δ^L, once, and with it everything below.
     """
-    _check_batch(x, y)
+    check_batch(x, y)
     a, residuals = model.forward(params, x, key)
     with place(f"{loss.name}:"):
         loss.check(a, y)
@@ -43,7 +44,8 @@ def recursion(
     return costs, backward
 
 
-def _check_batch(x: Tree, y: Tree) -> None:
+def check_batch(x: Tree, y: Tree) -> int:
+    """The number of examples; raises unless x and y have as many, and at least one."""
     sizes = []
     for what, tree in (("x", x), ("y", y)):
         with place(f"{what}:"):
@@ -55,3 +57,14 @@ def _check_batch(x: Tree, y: Tree) -> None:
         )
     if sizes[0] == 0:
         raise ModelError(f"x: takes at least one example, got an empty batch {described(x)}")
+    return sizes[0]
+
+
+def checked_weights(x: Tree, y: Tree, weights: Array | None) -> Array:
+    """A weight for each example of a batch, ``(batch,)``; 1 if not given."""
+    n = check_batch(x, y)
+    if weights is None:
+        return jnp.ones(n)
+    if jnp.shape(weights) != (n,):
+        raise ModelError(f"weights: takes one per example, ({n},), got {jnp.shape(weights)}")
+    return jnp.asarray(weights, jnp.result_type(float))
