@@ -3,52 +3,82 @@
 from . import contractions, factors, losses
 from .activations import (
     activation,
+    elu,
+    gated,
+    geglu,
     gelu,
     gelu_tanh,
+    glu,
+    hard_tanh,
     identity,
     leaky_relu,
+    log_softmax,
+    mish,
+    reglu,
     relu,
+    selu,
     sigmoid,
     silu,
+    softmax,
     softplus,
+    swiglu,
     tanh,
 )
 from .combinators import chain, parallel, repeat, residual, tied
 from .dense import dense
+from .dropout import dropout
 from .freezing import merged, trainable
 from .gradients import deltas, grad, value_and_grad
+from .joins import add, concatenate, multiply
 from .layer import Layer, ModelError, rule
 from .per_example import clipped_grad, per_example_grad_norms, per_example_grads
-from .reshape import flatten
+from .shapes import flatten
+from .summary import summary
 
 __all__ = [
     "Layer",
     "ModelError",
     "activation",
+    "add",
     "chain",
     "clipped_grad",
+    "concatenate",
     "contractions",
     "deltas",
     "dense",
+    "dropout",
+    "elu",
     "factors",
     "flatten",
+    "gated",
+    "geglu",
     "gelu",
     "gelu_tanh",
+    "glu",
     "grad",
+    "hard_tanh",
     "identity",
     "leaky_relu",
+    "log_softmax",
     "losses",
     "merged",
+    "mish",
+    "multiply",
     "parallel",
     "per_example_grad_norms",
     "per_example_grads",
+    "reglu",
     "relu",
     "repeat",
     "residual",
     "rule",
+    "selu",
     "sigmoid",
     "silu",
+    "softmax",
     "softplus",
+    "summary",
+    "swiglu",
     "tanh",
     "tied",
     "trainable",

@@ -157,3 +157,97 @@ sigmoid_cross_entropy = loss(
     δ^L = p − y
 
 a and y have the same shape, y between 0 and 1."""
+
+
+def _mean_squared(a: Array, y: Array) -> Array:
+    return jnp.mean((a - y) ** 2, dtype=accumulator(a))
+
+
+mean_squared_error = loss(
+    _mean_squared,
+    lambda a, y: ((a - y) * (2 / max(1, a.size))).astype(a.dtype),
+    name="mean_squared_error",
+    check=_same_shape,
+)
+"""C = mean over j of (a_j − y_j)²; ∂C/∂a = 2 (a − y) / J, J the number of outputs."""
+
+absolute_error = loss(
+    lambda a, y: jnp.sum(jnp.abs(a - y), dtype=accumulator(a)),
+    lambda a, y: jnp.sign(a - y).astype(a.dtype),
+    name="absolute_error",
+    check=_same_shape,
+)
+"""C = Σ_j |a_j − y_j|; ∂C/∂a = sign(a − y)."""
+
+
+def huber(threshold: float = 1.0) -> Loss:
+    """Squared near the target, absolute away from it, summed over outputs.
+
+        e = a − y
+        C = Σ_j ½ e_j² where |e_j| ≤ t, else t (|e_j| − ½ t)
+        ∂C/∂a = e clipped to [−t, t]
+
+    (Huber 1964, "Robust estimation of a location parameter".)
+    """
+    if not threshold > 0:
+        raise ValueError(f"threshold: takes a number above 0, got {threshold}")
+
+    def value(a: Array, y: Array) -> Array:
+        size = jnp.abs(a - y)
+        inside = jnp.minimum(size, threshold)
+        return jnp.sum(inside * (size - 0.5 * inside), dtype=accumulator(a))
+
+    return loss(
+        value,
+        lambda a, y: jnp.clip(a - y, -threshold, threshold).astype(a.dtype),
+        name=f"huber({threshold})",
+        check=_same_shape,
+    )
+
+
+hinge = loss(
+    lambda a, y: jnp.sum(jax.nn.relu(1 - y * a), dtype=accumulator(a)),
+    lambda a, y: jnp.where(y * a < 1, -y, 0).astype(a.dtype),
+    name="hinge",
+    check=_same_shape,
+)
+"""C = Σ_j max(0, 1 − y_j a_j), y_j = −1 or 1; ∂C/∂a_j = −y_j where y_j a_j < 1, else 0.
+(Cortes & Vapnik 1995.)"""
+
+
+def _kl_value(a: Array, y: Array) -> Array:
+    entropy = -jax.scipy.special.xlogy(y, y).sum(-1, dtype=accumulator(a)).mean()
+    return _softmax_value(a, y) - entropy
+
+
+kl_divergence = loss(_kl_value, _softmax_delta, name="kl_divergence", check=_same_shape)
+"""KL(y ‖ p) = Σ_k y_k log(y_k / p_k), p = softmax(a), mean over positions; δ^L as the
+cross-entropy's: the entropy of y does not depend on a. a and y have the same shape.
+(Kullback & Leibler 1951.)"""
+
+
+def smoothed_softmax_cross_entropy(smoothing: float) -> Loss:
+    """Softmax cross-entropy with smoothed labels, from logits and class ids.
+
+        q = (1 − α) one_hot(y) + α / K,  p = softmax(a)
+        C = mean over positions of −Σ_k q_k log p_k
+        δ^L = (p − q) / positions
+
+    (Szegedy et al. 2016, "Rethinking the Inception architecture", section 7.)
+
+    Args:
+      smoothing: α, from 0 to 1.
+    """
+    if not 0 <= smoothing <= 1:
+        raise ValueError(f"smoothing: takes a number from 0 to 1, got {smoothing}")
+
+    def smoothed(a: Array, y: Array) -> Array:
+        q = jax.nn.one_hot(y, a.shape[-1], dtype=accumulator(a)) if _is_ids(a, y) else y
+        return (1 - smoothing) * q + smoothing / a.shape[-1]
+
+    return loss(
+        lambda a, y: _softmax_value(a, smoothed(a, y)),
+        lambda a, y: _softmax_delta(a, smoothed(a, y)),
+        name=f"smoothed_softmax_cross_entropy({smoothing})",
+        check=_ids_or_probabilities,
+    )

@@ -16,17 +16,17 @@ Tree = Any
 
 @jax.tree_util.register_static
 @dataclass(frozen=True)
-class _Shape:
-    """A shape as a residual: known when tracing, and no array."""
+class Sizes:
+    """Sizes of axes as a residual: known when tracing, and no array."""
 
     sizes: tuple[int, ...]
 
 
-def _flatten_forward(params: Tree, x: Array, key: Array | None = None) -> tuple[Array, _Shape]:
-    return x.reshape(-1), _Shape(x.shape)
+def _flatten_forward(params: Tree, x: Array, key: Array | None = None) -> tuple[Array, Sizes]:
+    return x.reshape(-1), Sizes(x.shape)
 
 
-def _flatten_backward(params: Tree, shape: _Shape, dy: Array) -> tuple[Array, Tree]:
+def _flatten_backward(params: Tree, shape: Sizes, dy: Array) -> tuple[Array, Tree]:
     return dy.reshape(shape.sizes), ()
 
 
