@@ -1,0 +1,173 @@
+"""A multilayer perceptron, 784-512-512-512-10
+
+relu, softmax cross-entropy, float32. The other candidates are plain JAX, written without this
+package.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+import functional_bp as bp
+
+from .compare import Candidate, Row
+
+Tree = Any
+SIZES = (784, 512, 512, 512, 10)
+MAX_NORM = 1.0
+
+model = bp.chain(
+    *(layer for size in SIZES[1:-1] for layer in (bp.dense(size), bp.relu)), bp.dense(SIZES[-1])
+)
+loss = bp.losses.softmax_cross_entropy
+
+
+def rows() -> Iterable[Row]:
+    ours = bp.value_and_grad(model, loss)
+    usual = jax.value_and_grad(mean_cost)
+    for batch in (1, 32, 128, 1024):
+        yield Row(
+            f"loss and gradient, batch {batch}",
+            [_ours(batch, ours), _plain(batch, "usual: jax.value_and_grad", usual)],
+        )
+    yield Row(
+        "control: the same step twice, batch 128",
+        [_ours(128, ours), _ours(128, ours, "ours again")],
+    )
+    yield Row(
+        "eager loss and gradient, batch 1",
+        [_ours(1, ours, jit=False), _plain(1, "usual: jax.value_and_grad", usual, jit=False)],
+    )
+    for batch in (128, 512):
+        yield Row(
+            f"per-example norms, batch {batch}",
+            [
+                _ours(batch, bp.per_example_grad_norms(model, loss)),
+                _ours(batch, ours, "a plain manual step", same=False),
+                _plain(batch, "usual: vmap(jax.grad)", norms_by_vmap),
+                _plain(batch, "strongest: perturbations of every z", norms_by_perturbations),
+            ],
+        )
+        yield Row(
+            f"clipped gradient, batch {batch}",
+            [
+                _ours(batch, bp.clipped_grad(model, loss, MAX_NORM)),
+                _ours(batch, ours, "a plain manual step", same=False),
+                _plain(batch, "a plain autodiff step", usual, same=False),
+                _plain(batch, "usual: vmap(jax.grad)", clipped_by_vmap),
+                _plain(
+                    batch, "strongest: perturbations, δ and a kept", clipped_by_kept_perturbations
+                ),
+                _plain(
+                    batch, "strongest: perturbation norms, reweighted", clipped_by_perturbations
+                ),
+                _plain(batch, "strongest: vmap norms, reweighted", clipped_by_vmap_norms),
+            ],
+        )
+
+
+def _inputs(batch: int) -> tuple[Tree, Array, Array]:
+    keys = jax.random.split(jax.random.key(0), 3)
+    x = jax.random.normal(keys[0], (batch, SIZES[0]))
+    y = jax.random.randint(keys[1], (batch,), 0, SIZES[-1])
+    return model.init(keys[2], x[0]), x, y
+
+
+def _ours(batch, function, name="ours", **options) -> Candidate:
+    return Candidate(name, lambda: (function, _inputs(batch)), **options)
+
+
+def _plain(batch, name, function, **options) -> Candidate:
+    def make():
+        params, x, y = _inputs(batch)
+        return function, ([p for p in params if p], x, y)
+
+    return Candidate(name, make, **options)
+
+
+# The network in plain JAX, and what one would write on it.
+
+
+def logits(params: Tree, x: Array) -> Array:
+    *hidden, last = params
+    for p in hidden:
+        x = jax.nn.relu(x @ p["weight"].T + p["bias"])
+    return x @ last["weight"].T + last["bias"]
+
+
+def costs_of(a: Array, y: Array) -> Array:
+    return jax.nn.logsumexp(a, axis=-1) - jnp.take_along_axis(a, y[..., None], axis=-1)[..., 0]
+
+
+def mean_cost(params: Tree, x: Array, y: Array) -> Array:
+    return costs_of(logits(params, x), y).mean()
+
+
+def _grad_of_one(params: Tree, x: Array, y: Array) -> Tree:
+    return jax.grad(lambda p: costs_of(logits(p, x), y))(params)
+
+
+def _norms(grads: Tree) -> Array:
+    return jnp.sqrt(sum((g**2).sum(range(1, g.ndim)) for g in jax.tree.leaves(grads)))
+
+
+def norms_by_vmap(params: Tree, x: Array, y: Array) -> Array:
+    return _norms(jax.vmap(_grad_of_one, (None, 0, 0))(params, x, y))
+
+
+def clipped_by_vmap(params: Tree, x: Array, y: Array) -> Tree:
+    grads = jax.vmap(_grad_of_one, (None, 0, 0))(params, x, y)
+    clip = _clip(_norms(grads))
+    return jax.tree.map(lambda g: jnp.tensordot(clip, g, 1), grads)
+
+
+def _clip(norms: Array) -> Array:
+    return jnp.minimum(1, MAX_NORM / norms) / norms.size
+
+
+def _deltas(params: Tree, x: Array, y: Array) -> tuple[list[Array], list[Array]]:
+    """δ of every layer and the activation below it, for every example: the gradient by a zero
+    added to every z."""
+
+    def total_cost(zeros: list[Array]) -> tuple[Array, list[Array]]:
+        a = [x]
+        for p, zero in zip(params[:-1], zeros):
+            a.append(jax.nn.relu(a[-1] @ p["weight"].T + p["bias"] + zero))
+        z = a[-1] @ params[-1]["weight"].T + params[-1]["bias"] + zeros[-1]
+        return costs_of(z, y).sum(), a
+
+    zeros = [jnp.zeros((x.shape[0], *p["bias"].shape)) for p in params]
+    return jax.grad(total_cost, has_aux=True)(zeros)
+
+
+def _norms_of_factors(deltas: list[Array], activations: list[Array]) -> Array:
+    return jnp.sqrt(sum((d**2).sum(1) * (1 + (a**2).sum(1)) for d, a in zip(deltas, activations)))
+
+
+def norms_by_perturbations(params: Tree, x: Array, y: Array) -> Array:
+    return _norms_of_factors(*_deltas(params, x, y))
+
+
+def clipped_by_kept_perturbations(params: Tree, x: Array, y: Array) -> Tree:
+    deltas, activations = _deltas(params, x, y)
+    clip = _clip(_norms_of_factors(deltas, activations))
+    return [
+        {"weight": (clip[:, None] * d).T @ a, "bias": clip @ d} for d, a in zip(deltas, activations)
+    ]
+
+
+def _reweighted(params: Tree, x: Array, y: Array, clip: Array) -> Tree:
+    return jax.grad(lambda p: clip @ costs_of(logits(p, x), y))(params)
+
+
+def clipped_by_perturbations(params: Tree, x: Array, y: Array) -> Tree:
+    return _reweighted(params, x, y, _clip(norms_by_perturbations(params, x, y)))
+
+
+def clipped_by_vmap_norms(params: Tree, x: Array, y: Array) -> Tree:
+    return _reweighted(params, x, y, _clip(norms_by_vmap(params, x, y)))
