@@ -12,14 +12,15 @@ parameter may simply be added (``additive``: totals may, norms may not).
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
-from .factors import Factored, Stacked
+from .factors import Factored, Stacked, Sum
 
 Tree = Any
 
@@ -84,6 +85,38 @@ class SquaredNorm(Contraction):
 
 @_contraction
 @dataclass(frozen=True)
+class SquaredNorms(Contraction):
+    """‖gₙ‖² for each layer of a stack apart, the layers first."""
+
+    def __call__(self, factor: Factored) -> Array:
+        return _by_layer(lambda f: f.squared_norm(), factor)
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["weights"], meta_fields=[])
+@dataclass(frozen=True)
+class Weighted(Contraction):
+    """Σₙ wₙ gₙ with weights of this parameter's own; in a stack, split among the layers."""
+
+    weights: Array
+
+    additive = True
+
+    def __call__(self, factor: Factored) -> Array:
+        return _by_layer(lambda f, w: f.scaled(w).total(), factor, self.weights)
+
+
+def _by_layer(function: Callable[..., Array], factor: Factored, *args: Array) -> Array:
+    """``function`` of the factors, for each layer apart where they are a stack's."""
+    if isinstance(factor, Stacked):
+        return lax.map(lambda each: _by_layer(function, *each), (factor.layers, *args))
+    if isinstance(factor, Sum) and isinstance(factor.parts[0], Stacked):
+        uses = Sum(tuple(f.layers for f in factor.parts if isinstance(f, Stacked)))
+        return _by_layer(function, Stacked(uses), *args)
+    return function(factor, *args)
+
+
+@_contraction
+@dataclass(frozen=True)
 class Gram(Contraction):
     """⟨gₙ, gₘ⟩ for every pair of examples."""
 
@@ -142,22 +175,23 @@ class Drop(Contraction):
         return None
 
 
-total, each, squared_norm, gram = Total(), Each(), SquaredNorm(), Gram()
-second_moment, keep, drop = SecondMoment(), Keep(), Drop()
+total, each, squared_norm, squared_norms = Total(), Each(), SquaredNorm(), SquaredNorms()
+gram, second_moment, keep, drop = Gram(), SecondMoment(), Keep(), Drop()
 
 
 def _is_contraction(node: Any) -> bool:
     return isinstance(node, Contraction)
 
 
-def _is_factor(node: Any) -> bool:
+def is_factor(node: Any) -> bool:
+    """Whether a node of a tree is one parameter's factored gradient."""
     return isinstance(node, Factored)
 
 
 def contract_factors(contract: Tree, factors: Tree) -> Tree:
     """Hands each factored gradient to its contraction."""
     return jax.tree.map(
-        lambda c, below: jax.tree.map(c, below, is_leaf=_is_factor),
+        lambda c, below: jax.tree.map(c, below, is_leaf=is_factor),
         contract,
         factors,
         is_leaf=_is_contraction,
@@ -167,7 +201,7 @@ def contract_factors(contract: Tree, factors: Tree) -> Tree:
 def join_results(contract: Tree, results: Tree) -> Tree:
     """Joins results whose first axis is the layers of a stack."""
     return jax.tree.map(
-        lambda c, below: jax.tree.map(c.join, below, is_leaf=_is_factor),
+        lambda c, below: jax.tree.map(c.join, below, is_leaf=is_factor),
         contract,
         results,
         is_leaf=_is_contraction,

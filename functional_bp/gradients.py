@@ -12,16 +12,22 @@ from jax import Array
 from .contractions import Contraction, drop, each, total
 from .factors import Itself
 from .freezing import Frozen, frozen_leaves, merged, trainable
-from .layer import Layer, ModelError, textbook
+from .layer import Layer, textbook
 from .losses import Loss
-from .recursion import recursion
+from .microbatches import in_microbatches
+from .recursion import checked_weights, recursion
 
 Tree = Any
 METHODS = ("manual", "autodiff")
 
 
 def value_and_grad(
-    model: Layer, loss: Loss, *, method: str = "manual", frozen: Frozen = None
+    model: Layer,
+    loss: Loss,
+    *,
+    method: str = "manual",
+    frozen: Frozen = None,
+    microbatch: int | None = None,
 ) -> Callable[..., tuple[Array, Tree]]:
     """The mean cost of a batch and its gradient.
 
@@ -34,6 +40,8 @@ def value_and_grad(
         ``jax.value_and_grad``.
       frozen: parameters whose gradient is never computed: a tree of bools in the shape of the
         parameters or a prefix of it, or a predicate on paths such as ``lambda path: path[0] < 3``.
+      microbatch: examples at a time, their gradients added, so that memory does not grow with the
+        batch; None for all at once. With a key, each microbatch draws from a key of its own.
 
     Returns:
       ``fn(params, x, y, *, weights=None, key=None) -> (C, gradient)``. x and y have the examples
@@ -48,31 +56,41 @@ def value_and_grad(
         raise ValueError(f"method: takes one of {METHODS}, got {method!r}")
     batched = model.batched if method == "manual" else textbook(model.batched)
 
-    def manual(
+    run = in_microbatches(model, microbatch)
+
+    def fn(
         params: Tree, x: Tree, y: Tree, *, weights: Array | None = None, key: Array | None = None
     ) -> tuple[Array, Tree]:
-        costs, backward = recursion(batched, loss, params, x, y, key)
-        weights = mean_weights(costs, weights)
-        contract = jax.tree.map(lambda f: drop if f else total, frozen_leaves(params, frozen))
-        return weights @ costs, like(trainable(params, frozen), backward(weights, contract))
+        def manual(x: Tree, y: Tree, weights: Array, key: Array | None) -> tuple[Tree, Tree]:
+            costs, backward = recursion(batched, loss, params, x, y, key)
+            weights = weights.astype(costs.dtype)
+            contract = jax.tree.map(lambda f: drop if f else total, frozen_leaves(params, frozen))
+            return (weights @ costs, backward(weights, contract)), ()
 
-    def autodiff(
-        params: Tree, x: Tree, y: Tree, *, weights: Array | None = None, key: Array | None = None
-    ) -> tuple[Array, Tree]:
-        def mean_cost(trained: Tree) -> Array:
-            costs, _ = recursion(batched, loss, merged(trained, params), x, y, key)
-            return mean_weights(costs, weights) @ costs
+        def autodiff(x: Tree, y: Tree, weights: Array, key: Array | None) -> tuple[Tree, Tree]:
+            def mean_cost(trained: Tree) -> Array:
+                costs, _ = recursion(batched, loss, merged(trained, params), x, y, key)
+                return weights.astype(costs.dtype) @ costs
 
-        return jax.value_and_grad(mean_cost)(trainable(params, frozen))
+            return jax.value_and_grad(mean_cost)(trainable(params, frozen)), ()
 
-    return manual if method == "manual" else autodiff
+        part = manual if method == "manual" else autodiff
+        (cost, gradient), _ = run(part, x, y, mean_weights(x, y, weights), key)
+        return cost, like(trainable(params, frozen), gradient)
+
+    return fn
 
 
 def grad(
-    model: Layer, loss: Loss, *, method: str = "manual", frozen: Frozen = None
+    model: Layer,
+    loss: Loss,
+    *,
+    method: str = "manual",
+    frozen: Frozen = None,
+    microbatch: int | None = None,
 ) -> Callable[..., Tree]:
     """The gradient of a batch's mean cost: ``value_and_grad`` without the value."""
-    both = value_and_grad(model, loss, method=method, frozen=frozen)
+    both = value_and_grad(model, loss, method=method, frozen=frozen, microbatch=microbatch)
 
     def fn(
         params: Tree, x: Tree, y: Tree, *, weights: Array | None = None, key: Array | None = None
@@ -121,20 +139,11 @@ def _probed(layer: Layer) -> Layer:
     return Layer(layer.name, layer.init, layer.forward, backward)
 
 
-def mean_weights(costs: Array, weights: Array | None) -> Array:
+def mean_weights(x: Tree, y: Tree, weights: Array | None) -> Array:
     """∂C/∂Cₙ = wₙ / Σ w, for the mean over a batch; 0 where all weights are 0."""
-    if weights is None:
-        return jnp.full(costs.shape, 1 / costs.size, costs.dtype)
-    weights = checked_weights(costs, weights)
+    weights = checked_weights(x, y, weights)
     sum_ = weights.sum()
     return weights / jnp.where(sum_ == 0, 1, sum_)
-
-
-def checked_weights(costs: Array, weights: Array) -> Array:
-    """The weights, one per example, in the costs' dtype."""
-    if jnp.shape(weights) != costs.shape:
-        raise ModelError(f"weights: takes one per example, {costs.shape}, got {jnp.shape(weights)}")
-    return jnp.asarray(weights, costs.dtype)
 
 
 def like(params: Tree, results: Tree) -> Tree:
