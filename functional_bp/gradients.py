@@ -15,7 +15,7 @@ from .freezing import Frozen, frozen_leaves, merged, trainable
 from .layer import Layer, textbook
 from .losses import Loss
 from .microbatches import in_microbatches
-from .recursion import checked_weights, recursion
+from .recursion import check_batch, checked_weights, recursion
 
 Tree = Any
 METHODS = ("manual", "autodiff")
@@ -141,6 +141,9 @@ def _probed(layer: Layer) -> Layer:
 
 def mean_weights(x: Tree, y: Tree, weights: Array | None) -> Array:
     """∂C/∂Cₙ = wₙ / Σ w, for the mean over a batch; 0 where all weights are 0."""
+    if weights is None:
+        n = check_batch(x, y)
+        return jnp.full(n, 1 / n)
     weights = checked_weights(x, y, weights)
     sum_ = weights.sum()
     return weights / jnp.where(sum_ == 0, 1, sum_)
