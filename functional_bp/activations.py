@@ -46,10 +46,6 @@ def activation(
       ModelError: in use, if z is not of a floating dtype.
     """
 
-    def check(params: Tree, z: Array) -> None:
-        if not jnp.issubdtype(z.dtype, jnp.floating):
-            raise ModelError(f"takes floating-point numbers, got {described(z)}")
-
     def forward(params: Tree, z: Array, key: Array | None = None) -> tuple[Array, Array]:
         a = sigma(z)
         return a, a if of_output else z
@@ -63,10 +59,15 @@ def activation(
         forward,
         backward,
         name=name,
-        check=check,
+        check=_check_floating,
         reference=(lambda params, z, key=None: reference(z)) if reference else None,
         positionwise=True,
     )
+
+
+def _check_floating(params: Tree, z: Array) -> None:
+    if not hasattr(z, "dtype") or not jnp.issubdtype(z.dtype, jnp.floating):
+        raise ModelError(f"takes an array of floating-point numbers, got {described(z)}")
 
 
 def no_parameters(key: Array, x: Tree) -> Tree:
@@ -80,14 +81,16 @@ sigmoid = activation(lax.logistic, lambda a: a * (1 - a), name="sigmoid", of_out
 tanh = activation(lax.tanh, lambda a: 1 - a * a, name="tanh", of_output=True)
 """σ(z) = tanh z; σ′ = 1 − a²."""
 
-relu = activation(
-    lambda z: jnp.maximum(z, 0),
-    lambda a: a > 0,
+relu = rule(
+    no_parameters,
+    lambda params, z, key=None: (jnp.maximum(z, 0), z > 0),
+    lambda params, positive, da: (jnp.where(positive, da, 0), ()),
     name="relu",
-    of_output=True,
-    reference=jax.nn.relu,
+    check=_check_floating,
+    reference=lambda params, z, key=None: jax.nn.relu(z),
+    positionwise=True,
 )
-"""σ(z) = max(z, 0); σ′ = 1 where z > 0, else 0."""
+"""σ(z) = max(z, 0); σ′ = 1 where z > 0, else 0: one byte for each number is all it keeps."""
 
 
 def leaky_relu(slope: float = 0.01) -> Layer:

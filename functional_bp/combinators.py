@@ -6,6 +6,8 @@ form of a combinator is the combinator of its parts' batched forms.
 
 from __future__ import annotations
 
+import functools
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -175,23 +177,28 @@ def repeat(layer: Layer, n: int) -> Layer:
         _check_stack(name, n, params)
         keys = None if key is None else jax.random.split(key, n)
 
-        def step(a: Tree, layer_inputs: Tree) -> tuple[Tree, Tree]:
+        def step(a: Tree, layer_inputs: Tree) -> tuple[Tree, _Shared]:
             p, k = layer_inputs
-            return layer.forward(p, a, k)
+            y, r = layer.forward(p, a, k)
+            return y, _Shared.of(a, y, r)
 
         with place(name):
-            return lax.scan(step, x, (params, keys), length=n)
+            y, stack = lax.scan(step, x, (params, keys), length=n)
+        return y, (stack, y if stack.has_output else None)
 
     def backward(
         params: Tree, residuals: Tree, dy: Tree, contract: Tree = keep
     ) -> tuple[Tree, Tree]:
-        def step(delta: Tree, layer_inputs: Tree) -> tuple[Tree, Tree]:
-            p, r, c = layer_inputs
-            return layer.backward(p, r, delta, c)
+        def step(below: Tree, layer_inputs: Tree) -> tuple[Tree, Tree]:
+            delta, y = below
+            p, shared, c = layer_inputs
+            dx, results = layer.backward(p, shared.residuals(y), delta, c)
+            return (dx, shared.input()), results
 
+        stack, y = residuals
         with place(name):
-            inputs = (params, residuals, contract)
-            dx, results = lax.scan(step, dy, inputs, length=n, reverse=True)
+            inputs = (params, stack, contract)
+            (dx, _), results = lax.scan(step, (dy, y), inputs, length=n, reverse=True)
         return dx, join_results(contract, results)
 
     return Layer(
@@ -204,6 +211,55 @@ def repeat(layer: Layer, n: int) -> Layer:
         rebuild=lambda part: repeat(part, n),
         mixes_examples=layer.mixes_examples,
     )
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["kept"], meta_fields=["places", "tree", "x_at"]
+)
+@dataclass(frozen=True)
+class _Shared:
+    """One layer's residuals in a stack, each array once.
+
+    What two rules of a layer both keep is kept once, and the layer's output not at all where its
+    input is kept: it is the input of the layer above, which the way back has just seen.
+
+    ``places`` says for each leaf of the residuals which of ``kept`` it is, ``_OUTPUT`` if it is
+    the layer's output; ``x_at`` which of ``kept`` is the input, where ``_OUTPUT`` is used.
+    """
+
+    kept: tuple[Array, ...]
+    places: tuple[int, ...]
+    tree: Any
+    x_at: int | None
+
+    @classmethod
+    def of(cls, x: Tree, y: Tree, residuals: Tree) -> _Shared:
+        """The residuals of one layer with input ``x`` and output ``y``."""
+        leaves, tree = jax.tree.flatten(residuals)
+        kept = list({id(leaf): leaf for leaf in leaves}.values())
+        ids = [id(leaf) for leaf in kept]
+        x_at = None
+        if id(x) in ids and id(y) in ids and x is not y:
+            del kept[ids.index(id(y))], ids[ids.index(id(y))]
+            x_at = ids.index(id(x))
+        places = tuple(ids.index(id(leaf)) if id(leaf) in ids else _OUTPUT for leaf in leaves)
+        return cls(tuple(kept), places, tree, x_at)
+
+    @property
+    def has_output(self) -> bool:
+        """Whether the layer's output is among its residuals, and not kept."""
+        return self.x_at is not None
+
+    def residuals(self, y: Tree) -> Tree:
+        """The residuals, given the layer's output where it is one of them."""
+        return self.tree.unflatten([y if at == _OUTPUT else self.kept[at] for at in self.places])
+
+    def input(self) -> Array | None:
+        """The layer's input, which is the output of the layer below, where that is needed."""
+        return None if self.x_at is None else self.kept[self.x_at]
+
+
+_OUTPUT = -1
 
 
 def tied(layer: Layer, ties: dict[Path, Path]) -> Layer:
