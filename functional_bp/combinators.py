@@ -157,24 +157,23 @@ def repeat(layer: Layer, n: int) -> Layer:
     Raises:
       ModelError: where the layer changes its input's shape or dtype.
     """
-    name = f"repeat({layer.name}, {n})"
     if n < 1:
         raise ModelError(f"repeat: takes at least 1 layer, got {n}")
 
     def init(key: Array, x: Tree) -> Tree:
-        with place(name):
+        with place("repeat"):
             params = jax.vmap(lambda k: layer.init(k, x))(jax.random.split(key, n))
             one = jax.tree.map(lambda leaf: leaf[0], params)
             y = output_shape(layer, one, x)
         if described(y) != described(x):
             raise ModelError(
-                f"{name}: takes a layer that keeps the shape and dtype of its input, "
+                "repeat: takes a layer that keeps the shape and dtype of its input, "
                 f"got {described(x)} to {described(y)}"
             )
         return params
 
     def forward(params: Tree, x: Tree, key: Array | None = None) -> tuple[Tree, Tree]:
-        _check_stack(name, n, params)
+        _check_stack(n, params)
         keys = None if key is None else jax.random.split(key, n)
 
         def step(a: Tree, layer_inputs: Tree) -> tuple[Tree, _Shared]:
@@ -182,7 +181,7 @@ def repeat(layer: Layer, n: int) -> Layer:
             y, r = layer.forward(p, a, k)
             return y, _Shared.of(a, y, r)
 
-        with place(name):
+        with place("repeat"):
             y, stack = lax.scan(step, x, (params, keys), length=n)
         return y, (stack, y if stack.has_output else None)
 
@@ -196,13 +195,13 @@ def repeat(layer: Layer, n: int) -> Layer:
             return (dx, shared.input()), results
 
         stack, y = residuals
-        with place(name):
+        with place("repeat"):
             inputs = (params, stack, contract)
             (dx, _), results = lax.scan(step, (dy, y), inputs, length=n, reverse=True)
         return dx, join_results(contract, results)
 
     return Layer(
-        name=name,
+        name=f"repeat({layer.name}, {n})",
         init=init,
         forward=forward,
         backward=backward,
@@ -396,11 +395,11 @@ def _check_parts(name: str, layers: tuple[Layer, ...], params: Tree) -> None:
         )
 
 
-def _check_stack(name: str, n: int, params: Tree) -> None:
+def _check_stack(n: int, params: Tree) -> None:
     for leaf in jax.tree.leaves(params):
         if leaf.ndim == 0 or leaf.shape[0] != n:
             raise ModelError(
-                f"{name}: takes parameters with {n} layers on the first axis, got {described(leaf)}"
+                f"repeat: takes parameters with {n} layers on the first axis, got {described(leaf)}"
             )
 
 
