@@ -33,10 +33,10 @@ def recursion(
     a, residuals = model.forward(params, x, key)
     with place(f"{loss.name}:"):
         loss.check(a, y)
-        costs = jax.vmap(loss.value)(a, y)
+        costs = loss.costs(a, y)
 
     def backward(weights: Array, contract: Tree) -> Tree:
-        delta = jax.vmap(loss.delta)(a, y)  # BP1
+        delta = loss.deltas(a, y)  # BP1
         delta = jax.tree.map(lambda d: per_example(weights, d), delta)
         _, results = model.backward(params, residuals, delta, contract)  # BP2–BP4
         return results
