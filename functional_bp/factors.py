@@ -16,6 +16,7 @@ batch of gradients gₙ it stands for, by the cheapest route for its shapes:
     dot(v)           ⟨gₙ, v⟩
     second_moment()  mean over n of gₙ²
     scaled(w)        the factors of wₙ gₙ
+    among(mask)      the factors of gₙ where mask, of 0 elsewhere
 
 Every array in a factored gradient has the examples on its first axis; a rule, which sees one
 example, builds one without that axis and ``vmap`` adds it.
@@ -55,6 +56,12 @@ class Factored:
     def scaled(self, weights: Array) -> Factored:
         """The factored gradients wₙ gₙ; ``weights`` is ``(n,)``."""
         raise TypeError(f"{type(self).__name__} does not define scaled()")
+
+    def among(self, mask: Array) -> Factored:
+        """The factored gradients gₙ where ``mask``, ``(n,)``, and 0 elsewhere, even for NaN."""
+        return jax.tree.map(
+            lambda leaf: jnp.where(mask.reshape(-1, *(1,) * (leaf.ndim - 1)), leaf, 0), self
+        )
 
     def total(self) -> Array:
         """Σₙ gₙ, shape ``(*parameter)``."""
@@ -261,6 +268,9 @@ class Stacked(Factored):
 
     def scaled(self, weights: Array) -> Stacked:
         return Stacked(jax.vmap(lambda f: f.scaled(weights))(self.layers))
+
+    def among(self, mask: Array) -> Stacked:
+        return Stacked(jax.vmap(lambda f: f.among(mask))(self.layers))
 
     def total(self) -> Array:
         return lax.map(lambda f: f.total(), self.layers)

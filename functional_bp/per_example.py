@@ -12,15 +12,13 @@ from jax import Array, lax
 
 from .contractions import (
     Weighted,
+    WeightedAmong,
     contract_factors,
     each,
-    is_factor,
     keep,
-    squared_norm,
     squared_norms,
     total,
 )
-from .factors import per_example
 from .gradients import like
 from .layer import Layer, ModelError
 from .losses import Loss
@@ -87,7 +85,7 @@ def per_example_grad_norms(
     def fn(params: Tree, x: Tree, y: Tree, *, key: Array | None = None) -> Tree:
         def part(x: Tree, y: Tree, weights: Array, key: Array | None) -> tuple[Tree, Tree]:
             costs, backward = recursion(model.batched, loss, params, x, y, key)
-            squared = backward(jnp.ones_like(costs), _asked(per))
+            squared = backward(jnp.ones_like(costs), squared_norms)
             return (), _batch_first(_norms(squared, per, costs))
 
         return run(part, x, y, None, key)[1]
@@ -174,34 +172,26 @@ def clipped_grad(
             weights = weights.astype(costs.dtype)
             if recursions == 1:
                 factors = backward(ones, keep)
-                norms = _norms(contract_factors(_asked(per), factors), per, costs)
+                squared = contract_factors(squared_norms, factors)
             else:
-                norms = _norms(backward(ones, _asked(per)), per, costs)
+                squared = backward(ones, squared_norms)
+            norms = _norms(squared, per, costs)
             finite = _all_finite(norms)
             counted = jnp.where(finite, weights, 0)
             scales = _clipping_weights(norms, max_norm, counted / divisor)
 
-            def from_recursion(backward: Callable[[Array, Tree], Tree]) -> Tree:
-                if per == "model":
+            def contracted(kind: type[Weighted]) -> Tree:
+                contract = _with_weights(kind, scales, squared)
+                if recursions == 1:
+                    return contract_factors(contract, factors)
+                if per == "model" and kind is Weighted:
                     return backward(scales, total)
-                return backward(ones, _weighted(scales, params))
+                return backward(ones, contract)
 
-            def usual() -> Tree:
-                if recursions == 2:
-                    return from_recursion(backward)
-                if per == "model":
-                    scaled = jax.tree.map(lambda f: f.scaled(scales), factors, is_leaf=is_factor)
-                    return contract_factors(total, scaled)
-                return contract_factors(_weighted(scales, params), factors)
-
-            def without_the_others() -> Tree:
-                # 0 · NaN is NaN in Σₙ δₙ aₙᵀ: a weight cannot remove an example that is not
-                # finite. One that is stands in for it.
-                x_, y_ = jax.tree.map(lambda leaf: _replaced(leaf, finite), (x, y))
-                sums = from_recursion(recursion(model.batched, loss, params, x_, y_, key)[1])
-                return jax.tree.map(lambda g: jnp.where(finite.any(), g, 0), sums)
-
-            sums = lax.cond(finite.all(), usual, without_the_others)
+            # 0 · NaN is NaN in Σₙ δₙ aₙᵀ, so a weight of 0 does not remove what is not finite.
+            sums = lax.cond(
+                finite.all(), lambda: contracted(Weighted), lambda: contracted(WeightedAmong)
+            )
             cost = counted @ jnp.where(finite, costs, 0)
             return (sums, cost, counted.sum()), _batch_first(norms)
 
@@ -210,10 +200,6 @@ def clipped_grad(
         return (gradient, Clipped(cost / jnp.maximum(count, 1e-30), norms)) if has_aux else gradient
 
     return fn
-
-
-def _asked(per: str) -> Tree:
-    return squared_norm if per == "model" else squared_norms
 
 
 def _norms(squared: Tree, per: str, costs: Array) -> Tree:
@@ -227,7 +213,8 @@ def _norms(squared: Tree, per: str, costs: Array) -> Tree:
 
     if per == "layer":
         return jax.tree.map(norm, squared, is_leaf=lambda node: isinstance(node, dict))
-    return jnp.sqrt(sum(jax.tree.leaves(squared), jnp.zeros_like(costs)))
+    leaves = jax.tree.leaves(squared)
+    return jnp.sqrt(sum((s.sum(range(s.ndim - 1)) for s in leaves), jnp.zeros_like(costs)))
 
 
 def _clipping_weights(norms: Tree, max_norm: float, weights: Array) -> Tree:
@@ -240,20 +227,19 @@ def _clipping_weights(norms: Tree, max_norm: float, weights: Array) -> Tree:
     )
 
 
-def _weighted(scales: Tree, params: Tree) -> Tree:
+def _with_weights(kind: type[Weighted], scales: Tree, squared: Tree) -> Tree:
     """A weighted total for each parameter, from the weights of the groups."""
-    return jax.tree.map(lambda w, below: jax.tree.map(lambda _: Weighted(w), below), scales, params)
+    return jax.tree.map(
+        lambda w, below: jax.tree.map(lambda s: kind(jnp.broadcast_to(w, s.shape)), below),
+        scales,
+        squared,
+    )
 
 
 def _all_finite(norms: Tree) -> Array:
     """Whether all of an example's norms are finite, ``(batch,)``."""
     finite = [jnp.isfinite(n).all(range(n.ndim - 1)) for n in jax.tree.leaves(norms)]
     return jnp.stack(finite).all(0)
-
-
-def _replaced(leaf: Array, finite: Array) -> Array:
-    """A batch's leaf with a finite example in place of each that is not."""
-    return jnp.where(per_example(finite, jnp.ones_like(leaf)) != 0, leaf, leaf[finite.argmax()])
 
 
 def _batch_first(norms: Tree) -> Tree:
