@@ -32,10 +32,13 @@ from .gradients import deltas, grad, value_and_grad
 from .joins import add, concatenate, multiply
 from .layer import Layer, ModelError, rule
 from .per_example import clipped_grad, per_example_grad_norms, per_example_grads
+from .recurrent import gru, lstm, rnn
 from .shapes import flatten
 from .summary import summary
+from .through_time import Cell, through_time
 
 __all__ = [
+    "Cell",
     "Layer",
     "ModelError",
     "activation",
@@ -56,11 +59,13 @@ __all__ = [
     "gelu_tanh",
     "glu",
     "grad",
+    "gru",
     "hard_tanh",
     "identity",
     "leaky_relu",
     "log_softmax",
     "losses",
+    "lstm",
     "merged",
     "mish",
     "multiply",
@@ -71,6 +76,7 @@ __all__ = [
     "relu",
     "repeat",
     "residual",
+    "rnn",
     "rule",
     "selu",
     "sigmoid",
@@ -80,6 +86,7 @@ __all__ = [
     "summary",
     "swiglu",
     "tanh",
+    "through_time",
     "tied",
     "trainable",
     "value_and_grad",

@@ -108,7 +108,8 @@ def deltas(model: Layer, loss: Loss) -> Callable[..., Tree]:
     Returns:
       ``fn(params, x, y, *, key=None) -> δ``: a tuple with one entry per layer of a chain, nested
       where layers nest, each entry of the shape of the layer's output for the batch; in
-      ``repeat``, the layers on the second axis.
+      ``repeat``, the layers on the second axis. A recurrent layer's entry is ∂C/∂h_t through time,
+      ``(batch, t, h)``: what later steps sent back included.
 
     Raises:
       ModelError: when called with what does not fit the model.
@@ -133,8 +134,12 @@ def _probed(layer: Layer) -> Layer:
     def backward(
         params: Tree, residuals: Tree, dy: Tree, contract: Contraction
     ) -> tuple[Tree, Tree]:
-        dx, _ = layer.backward(params, residuals, dy, drop)
-        return dx, jax.tree.map(lambda delta: contract(Itself(delta)), dy)
+        if layer.probe is not None:
+            dx, deltas = layer.probe(params, residuals, dy)
+        else:
+            dx, _ = layer.backward(params, residuals, dy, drop)
+            deltas = dy
+        return dx, jax.tree.map(lambda delta: contract(Itself(delta)), deltas)
 
     return Layer(layer.name, layer.init, layer.forward, backward)
 

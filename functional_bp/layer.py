@@ -58,6 +58,8 @@ class Layer:
         contraction it returns the factored gradients themselves.
       reference: ``(params, x, key=None) -> y``, the textbook formula, where ``forward`` is not
         what one would write for autodiff; what autodiff and the proofs differentiate.
+      probe: ``(params, residuals, dy) -> (dx, δ)``, of a batched form, where the δ that
+        ``bp.deltas`` shows is more than dy (through time it is that of the states).
       parts, rebuild: for a combinator, its layers and the function that makes it from others.
       mixes_examples: the output of one example depends on the others of its batch.
     """
@@ -68,6 +70,7 @@ class Layer:
     backward: Callable[..., tuple[Tree, Tree]]
     lift: Callable[[], Layer] | None = None
     reference: Callable[..., Tree] | None = None
+    probe: Callable[..., tuple[Tree, Tree]] | None = None
     parts: tuple[Layer, ...] = ()
     rebuild: Callable[..., Layer] | None = None
     mixes_examples: bool = False
