@@ -1,0 +1,135 @@
+"""Batches for training: where they come from, epoch by epoch, and one static size for them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from .layer import ModelError
+from .recursion import check_batch
+
+Tree = Any
+Batch = tuple[Tree, ...]
+Batches = Iterable[Batch] | Callable[[int], Iterable[Batch]]
+
+
+def minibatches(
+    x: Tree, y: Tree, size: int, *, seed: int | None = None
+) -> Callable[[int], Iterator[Batch]]:
+    """Batches of examples that are held in memory, as ``bp.fit`` and ``bp.evaluate`` take them.
+
+    Args:
+      x, y: arrays, or trees of arrays, with the examples on their first axis.
+      size: examples in a batch; the last batch of an epoch has what is left.
+      seed: shuffles every epoch anew, in an order that depends on the seed and the epoch alone,
+        so that a resumed run meets the batches it would have met. None keeps the order.
+
+    Returns:
+      ``epoch -> iterator`` over batches (x, y).
+
+    Raises:
+      ValueError: if ``size`` is below 1.
+      ModelError: if x and y do not have as many examples.
+    """
+    x, y = jax.tree.map(np.asarray, (x, y))
+    n = check_batch(x, y)
+    if size < 1:
+        raise ValueError(f"size: takes at least 1 example, got {size}")
+
+    def epoch_of(epoch: int) -> Iterator[Batch]:
+        order = (
+            np.arange(n) if seed is None else np.random.default_rng((seed, epoch)).permutation(n)
+        )
+        for begin in range(0, n, size):
+            rows = order[begin : begin + size]
+            yield jax.tree.map(lambda leaf: leaf[rows], (x, y))  # noqa: B023  used at once
+
+    return epoch_of
+
+
+def each_epoch(batches: Batches, epochs: int | None = None) -> Callable[[int], Iterable[Batch]]:
+    """``epoch -> iterable``, from whatever holds the batches.
+
+    Raises:
+      ValueError: if a one-shot iterator is asked for a second epoch; at once if ``epochs`` says so.
+    """
+    if callable(batches) and not isinstance(batches, Iterable):
+        return batches
+    if not isinstance(batches, Iterable):
+        raise ValueError(
+            f"batches: takes an iterable or a function epoch -> iterable, got {batches!r}"
+        )
+    if iter(batches) is not batches:
+        return lambda epoch: batches
+
+    def once(epoch: int) -> Iterable[Batch]:
+        if epoch:
+            raise ValueError(
+                f"batches: an iterator is run through once, and epoch {epoch + 1} needs it again; "
+                "give a list, or a function epoch -> iterable"
+            )
+        return batches
+
+    once((epochs or 1) - 1)
+    return once
+
+
+class Padded:
+    """Makes batches (x, y, weights) of one size, so that none of them is compiled for anew.
+
+    A batch with fewer examples than the largest so far is filled up with copies of its first
+    example, which count for nothing: their weight is 0. (Copies, because zeros may lie outside
+    what a model can take.)
+    """
+
+    def __init__(self, *, fill: bool = True, rows: int = 0) -> None:
+        self.fill = fill
+        self.rows = rows
+        self._usual: Any = None  # the shapes of full batches (x, y), known to be in order
+        self._ones: Any = None
+
+    def __call__(self, batch: Batch) -> tuple[Tree, Tree, Array | np.ndarray]:
+        shapes = [getattr(leaf, "shape", None) for leaf in jax.tree.leaves(batch)]
+        if shapes == self._usual and len(batch) == 2:
+            return *jax.tree.map(_array, tuple(batch)), self._ones
+        if not isinstance(batch, (tuple, list)) or len(batch) not in (2, 3):
+            raise ValueError(
+                f"batches: takes batches (x, y) or (x, y, weights), got {_told(batch)}"
+            )
+        x, y = jax.tree.map(_array, tuple(batch[:2]))
+        n = check_batch(x, y)
+        dtype = jnp.result_type(float)
+        self.rows = max(self.rows, n)
+        if len(batch) == 2 and (n == self.rows or not self.fill):
+            self._usual, self._ones = shapes, jnp.ones(n, dtype)
+            return x, y, self._ones
+        weights = np.asarray(batch[2], dtype) if len(batch) == 3 else np.ones(n, dtype)
+        if weights.shape != (n,):
+            raise ModelError(f"weights: takes one per example, ({n},), got {weights.shape}")
+        missing = self.rows - n if self.fill else 0
+        if missing == 0:
+            return x, y, weights
+        x, y = jax.tree.map(lambda leaf: _filled(leaf, missing), (x, y))
+        return x, y, np.concatenate([weights, np.zeros(missing, dtype)])
+
+
+def _array(leaf: Any) -> Array | np.ndarray:
+    return leaf if isinstance(leaf, (np.ndarray, jax.Array)) else np.asarray(leaf)
+
+
+def _filled(leaf: Array | np.ndarray, missing: int) -> np.ndarray:
+    leaf = np.asarray(leaf)
+    return np.concatenate([leaf, np.repeat(leaf[:1], missing, axis=0)])
+
+
+def _told(batch: Any) -> str:
+    if isinstance(batch, (tuple, list)):
+        return f"a {type(batch).__name__} of {len(batch)}"
+    if hasattr(batch, "shape"):
+        return f"an array of shape {tuple(batch.shape)}; is it a batch outside a list?"
+    return repr(batch)

@@ -1,0 +1,477 @@
+"""The training loop: an optax optimiser run over batches, and a model's evaluation."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import itertools
+import operator
+import os
+from collections.abc import Callable, Mapping, Sequence, Sized
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array
+
+from .batches import Batch, Batches, Padded, each_epoch
+from .checkpoint import Checkpoints, Position, described_run
+from .combinators import output_shape
+from .freezing import Frozen, frozen_leaves, merged, trainable
+from .gradients import value_and_grad
+from .layer import Layer, ModelError, place
+from .losses import Loss
+from .tensors import named
+
+Tree = Any
+Metric = Callable[[Tree, Tree], Array]
+
+State = tuple[Tree, Tree, Array]  # the trained parameters, the optimiser's state, the step
+
+_MOST_UNREAD = 256  # steps that may pass before the host reads their losses
+
+
+@dataclass(frozen=True)
+class History:
+    """What a run recorded, as NumPy arrays.
+
+    Attributes:
+      loss: ``(steps,)``, the mean cost of each step's batch, before the step.
+      weight: ``(steps,)``, Σₙ wₙ of that batch: its number of examples, if they have no weights.
+      epoch: ``(steps,)``, the epoch that the step belongs to, from 0.
+      evaluated: ``(evaluations,)``, the number of steps done at each evaluation.
+      evaluation: ``"loss"`` and each metric over the evaluation data, ``(evaluations,)`` each.
+    """
+
+    loss: np.ndarray
+    weight: np.ndarray
+    epoch: np.ndarray
+    evaluated: np.ndarray
+    evaluation: dict[str, np.ndarray]
+
+    @property
+    def epoch_loss(self) -> np.ndarray:
+        """``(epochs,)``, the mean cost over each epoch's examples, Σ w C / Σ w."""
+        cost = np.bincount(self.epoch, self.loss * self.weight)
+        weight = np.bincount(self.epoch, self.weight)
+        return cost / np.where(weight == 0, 1, weight)
+
+    def _with_steps(self, epoch: int, losses: Sequence[Array]) -> History:
+        """With further steps of an epoch; each has its loss and weight in one array."""
+        loss, weight = np.array([np.asarray(loss) for loss in losses], float).reshape(-1, 2).T
+        return dataclasses.replace(
+            self,
+            loss=np.append(self.loss, loss),
+            weight=np.append(self.weight, weight),
+            epoch=np.append(self.epoch, np.full(len(losses), epoch)),
+        )
+
+    def _with_evaluation(self, step: int, values: Mapping[str, float]) -> History:
+        before = self.evaluation
+        return dataclasses.replace(
+            self,
+            evaluated=np.append(self.evaluated, step),
+            evaluation={k: np.append(before.get(k, np.zeros(0)), v) for k, v in values.items()},
+        )
+
+
+_UNTRAINED = History(np.zeros(0), np.zeros(0), np.zeros(0, int), np.zeros(0, int), {})
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training run as far as it has come: what ``bp.fit`` returns and gives to callbacks.
+
+    Attributes:
+      params: the parameters, frozen ones in their places.
+      opt_state: the optimiser's state.
+      step: steps done.
+      epoch: epochs completed.
+      history: losses and evaluations so far.
+    """
+
+    params: Tree
+    opt_state: Tree
+    step: int
+    epoch: int
+    history: History
+
+
+def evaluate(
+    model: Layer, loss: Loss, *, metrics: Mapping[str, Metric] | None = None
+) -> Callable[[Tree, Batches], dict[str, float]]:
+    """The mean cost, and the means of metrics, over batches; without noise.
+
+    Args:
+      metrics: by name, functions of a batch's outputs and targets that give one value per
+        example: ``{"accuracy": lambda a, y: a.argmax(-1) == y}``.
+
+    Returns:
+      ``fn(params, batches) -> {"loss": Σₙ wₙ Cₙ / Σₙ wₙ, name: Σₙ wₙ mₙ / Σₙ wₙ, …}``; batches as
+      ``bp.fit`` takes them. It compiles by itself.
+
+    Raises:
+      ModelError: when called with what does not fit the model, and for a metric that does not
+        give one value per example.
+      ValueError: when called with no batches.
+    """
+    metrics = dict(metrics or {})
+
+    @jax.jit
+    def added(sums: Tree, params: Tree, x: Tree, y: Tree, weights: Array) -> Tree:
+        a = model.apply(params, x)
+        with place(f"{loss.name}:"):
+            loss.check(a, y)
+        values = {"loss": jax.vmap(loss.value)(a, y)} | {k: m(a, y) for k, m in metrics.items()}
+        for name, value in values.items():
+            if jnp.shape(value) != weights.shape:
+                raise ModelError(
+                    f"metrics: {name} takes (outputs, y) to one value per example, "
+                    f"{weights.shape}; got {jnp.shape(value)}"
+                )
+        here = {name: weights @ value.astype(weights.dtype) for name, value in values.items()}
+        return jax.tree.map(jnp.add, sums, (here, weights.sum()))
+
+    def fn(params: Tree, batches: Batches) -> dict[str, float]:
+        sums: Tree = (dict.fromkeys(["loss", *metrics], 0.0), 0.0)
+        check_targets = _target_check(model, loss, params)
+        padded = Padded(fill=not model.mixes_examples)
+        for batch in each_epoch(batches)(0):
+            x, y, weights = padded(batch)
+            check_targets(x, y)
+            sums = added(sums, params, x, y, weights)
+        totals, weight = jax.device_get(sums)
+        if weight == 0:
+            raise ValueError("batches: takes examples to evaluate, got none with a weight above 0")
+        return {name: float(total / weight) for name, total in totals.items()}
+
+    return fn
+
+
+def fit(
+    model: Layer,
+    loss: Loss,
+    params: Tree,
+    batches: Batches,
+    optimizer: optax.GradientTransformation,
+    *,
+    epochs: int | None = None,
+    steps: int | None = None,
+    key: Array | None = None,
+    method: str = "manual",
+    frozen: Frozen = None,
+    microbatch: int | None = None,
+    evaluation: Batches | None = None,
+    metrics: Mapping[str, Metric] | None = None,
+    callbacks: Sequence[Callable[[Run], Any]] = (),
+    every: int | None = None,
+    stop_on_nan: bool = True,
+    progress: bool = False,
+    checkpoints: str | os.PathLike[str] | None = None,
+    resume: bool = False,
+) -> Run:
+    """Trains a model: one step of the optimiser for each batch.
+
+        g = ∂/∂θ Σₙ wₙ Cₙ / Σₙ wₙ,    θ ← θ + optimiser(g)
+
+    Args:
+      params: the parameters to start from. They are copied; the caller's stay usable.
+      batches: an iterable of batches (x, y) or (x, y, weights), run through once per epoch, or a
+        function ``epoch -> iterable``, such as ``bp.minibatches`` makes. A smaller batch is filled
+        up with examples of weight 0 rather than compiled for, unless a layer mixes examples.
+      optimizer: any ``optax.GradientTransformation``. Schedules and clipping are optax's:
+        ``optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))``.
+      epochs, steps: how long to train; one of the two.
+      key: for the noise of layers such as dropout: step i draws from ``fold_in(key, i)``. Without
+        a key there is no noise.
+      method, frozen, microbatch: as in ``bp.value_and_grad``. The optimiser never meets a frozen
+        parameter, so its weight decay does not either.
+      evaluation: batches to evaluate at every look at the run.
+      metrics: what to evaluate besides the loss, as in ``bp.evaluate``.
+      callbacks: functions of the ``bp.Run`` so far, called at every look. Its arrays are good
+        during the call alone: training uses their buffers again. One that returns True ends the
+        run.
+      every: steps between looks; None to look at the end of each epoch. A look reads the losses,
+        evaluates, calls the callbacks and writes a checkpoint. After the last step there is one.
+      stop_on_nan: whether a loss that is not finite ends the run. It is found at the next look,
+        or within 256 steps: no step waits for its loss.
+      progress: whether to show a progress bar, where tqdm is installed.
+      checkpoints: a folder for checkpoints (the extra ``checkpoint``). The two latest are kept. A
+        process killed at any moment leaves the last complete one.
+      resume: whether to go on from the latest checkpoint in the folder, if it has one. Parameters,
+        optimiser, noise and history become those of a run that never stopped, bit for bit, if
+        ``batches`` gives each epoch the same batches again.
+
+    Returns:
+      The ``bp.Run``.
+
+    Raises:
+      FloatingPointError: where a loss is not finite, with its step.
+      ModelError: where a batch does not fit the model, and where a checkpoint is of another model,
+        optimiser or key, with the file and every difference.
+      ValueError: for an argument out of range; for an iterator that can be run through only once
+        and more than one epoch; for a checkpoint that cannot be read; for a folder that has
+        checkpoints if ``resume`` is False.
+    """
+    _check_arguments(optimizer, epochs, steps, every)
+    source = each_epoch(batches, epochs)
+    frozen = frozen_leaves(params, frozen)
+    params = _copied(params)
+    opt_state = _copied(optimizer.init(trainable(params, frozen)))
+    state, rest = _split(params, frozen, opt_state, 0)
+    training = _Training(
+        model=model,
+        loss=loss,
+        advance=_advance(model, loss, optimizer, method, frozen, microbatch),
+        state=state,
+        rest=rest,
+        frozen=frozen,
+        key=key,
+        padded=Padded(fill=not model.mixes_examples),
+        check_targets=_target_check(model, loss, params),
+        epochs=epochs,
+        steps=steps,
+        every=every,
+        stop_on_nan=stop_on_nan,
+        callbacks=tuple(callbacks),
+    )
+    if evaluation is not None:
+        each_epoch(evaluation, epochs=2)  # it is needed at every look
+        measure = evaluate(model, loss, metrics=metrics)
+        training.evaluate = lambda params: measure(params, evaluation)
+    with contextlib.ExitStack() as stack:
+        if checkpoints is not None:
+            training.store = stack.enter_context(training.opened(checkpoints))
+            training.begin(resume)
+        if progress:
+            training.bar = _progress_bar(stack, training, batches)
+        while not training.finished:
+            for batch in itertools.islice(source(training.epoch), training.batch, None):
+                training.train(batch)
+                if training.finished:
+                    break
+            else:
+                training.end_epoch()
+        training.look()
+    return training.run
+
+
+@dataclass(kw_only=True)
+class _Training:
+    """A run under way: its arrays, its place in the data, and what the host knows of it."""
+
+    model: Layer
+    loss: Loss
+    advance: Callable[..., tuple[Tree, Array]]
+    state: State
+    rest: Tree
+    frozen: Tree
+    key: Array | None
+    padded: Padded
+    check_targets: Callable[[Tree, Tree], None]
+    epochs: int | None
+    steps: int | None
+    every: int | None
+    stop_on_nan: bool
+    callbacks: tuple[Callable[[Run], Any], ...]
+    evaluate: Callable[[Tree], dict[str, float]] | None = None
+    store: Checkpoints | None = None
+    bar: Any = None
+    epoch: int = 0
+    batch: int = 0
+    step: int = 0
+    looked: int = 0
+    stopped: bool = False
+    unread: list[Array] = field(default_factory=list)
+    history: History = _UNTRAINED
+
+    @property
+    def run(self) -> Run:
+        trained, opt_state, _ = self.state
+        params = merged(trained, self.rest)
+        return Run(params, opt_state, self.step, self.epoch, self.history)
+
+    @property
+    def finished(self) -> bool:
+        over = self.epochs is not None and self.epoch >= self.epochs
+        return self.stopped or over or (self.steps is not None and self.step >= self.steps)
+
+    def train(self, batch: Batch) -> None:
+        x, y, weights = self.padded(batch)
+        self.check_targets(x, y)
+        self.state, loss = self.advance(self.state, self.rest, x, y, weights, self.key)
+        self.unread.append(loss)
+        self.step += 1
+        self.batch += 1
+        if self.bar is not None:
+            self.bar.update()
+        if self.every is not None and self.step % self.every == 0:
+            self.look()
+        elif len(self.unread) == _MOST_UNREAD:
+            self.read()
+
+    def end_epoch(self) -> None:
+        if self.batch == 0:
+            raise ValueError(f"batches: takes at least one per epoch, got none in {self.epoch + 1}")
+        self.read()
+        self.epoch += 1
+        self.batch = 0
+        if self.every is None:
+            self.look()
+
+    def read(self) -> None:
+        """Brings the losses of the latest steps, all of one epoch, to the host."""
+        known = len(self.history.loss)
+        self.history = self.history._with_steps(self.epoch, self.unread)
+        self.unread = []
+        bad = np.flatnonzero(~np.isfinite(self.history.loss[known:]))
+        if self.stop_on_nan and bad.size:
+            step = known + int(bad[0])
+            batch = step - int(np.argmax(self.history.epoch == self.epoch))
+            raise FloatingPointError(
+                f"the loss is {self.history.loss[step]} at step {step + 1}, batch {batch + 1} of "
+                f"epoch {self.epoch + 1}"
+            )
+
+    def look(self) -> None:
+        """What the host does between steps; nothing, if it has done so since the last one."""
+        if self.looked == self.step:
+            return
+        self.looked = self.step
+        self.read()
+        if self.evaluate is not None:
+            values = self.evaluate(self.run.params)
+            self.history = self.history._with_evaluation(self.step, values)
+        if self.bar is not None:
+            self.bar.set_postfix(loss=f"{self.history.epoch_loss[-1]:.4g}")
+        self.stopped = any([callback(self.run) is True for callback in self.callbacks])
+        if self.store is not None:
+            position = Position(self.step, self.epoch, self.batch, self.padded.rows, self.stopped)
+            self.store.save(self.kept, dataclasses.asdict(self.history), position)
+
+    @property
+    def kept(self) -> dict[str, Tree]:
+        """The arrays that a checkpoint holds."""
+        return {"params": self.run.params, "opt_state": self.state[1], "key": self.key}
+
+    def opened(self, folder: str | os.PathLike[str]) -> Checkpoints:
+        frozen = ", ".join(named(self.rest)) or "none"
+        names = {"model": self.model.name, "loss": self.loss.name, "frozen": frozen}
+        return Checkpoints(folder, names | described_run(self.kept))
+
+    def begin(self, resume: bool) -> None:
+        """Goes to where the latest checkpoint was written, if there is one."""
+        assert self.store is not None
+        if self.store.latest is None:
+            return
+        if not resume:
+            raise ValueError(
+                f"checkpoints: {self.store.folder} has a checkpoint of step {self.store.latest}; "
+                "resume=True goes on from it, another folder begins anew"
+            )
+        kept, arrays, position = self.store.restore(self.kept)
+        self.state, self.rest = _split(
+            kept["params"], self.frozen, kept["opt_state"], position.step
+        )
+        self.step = self.looked = position.step
+        self.epoch, self.batch, self.stopped = position.epoch, position.batch, position.stopped
+        self.padded.rows = position.rows
+        self.history = _history(arrays)
+
+
+def _split(params: Tree, frozen: Tree, opt_state: Tree, step: int) -> tuple[State, Tree]:
+    """A training state, and the parameters that are not in it."""
+    rest = trainable(params, jax.tree.map(operator.not_, frozen))
+    return (trainable(params, frozen), opt_state, jnp.asarray(step)), rest
+
+
+def _history(arrays: dict[str, np.ndarray]) -> History:
+    of_run = {name: array for name, array in arrays.items() if "." not in name}
+    evaluation = {
+        name.removeprefix("evaluation."): array
+        for name, array in arrays.items()
+        if name not in of_run
+    }
+    return dataclasses.replace(_UNTRAINED, **of_run, evaluation=evaluation)
+
+
+def _copied(tree: Tree) -> Tree:
+    """Every leaf in a buffer of its own, which may be given away."""
+    return jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), tree)
+
+
+def _advance(
+    model: Layer,
+    loss: Loss,
+    optimizer: optax.GradientTransformation,
+    method: str,
+    frozen: Frozen,
+    microbatch: int | None,
+) -> Callable[..., tuple[State, Array]]:
+    """The compiled step: ``(state, rest, x, y, weights, key) -> (state, [loss, Σ w])``."""
+    value = value_and_grad(model, loss, method=method, frozen=frozen, microbatch=microbatch)
+    differentiable = value_and_grad(model, loss, method="autodiff", frozen=frozen)
+    update = optax.with_extra_args_support(optimizer).update
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def advance(
+        state: State, rest: Tree, x: Tree, y: Tree, weights: Array, key: Array | None
+    ) -> tuple[State, Array]:
+        trained, opt_state, step = state
+        batch = {"weights": weights, "key": None if key is None else jax.random.fold_in(key, step)}
+        cost, gradient = value(merged(trained, rest), x, y, **batch)
+        # What some optimisers ask for besides: plateaus the cost, line searches the function.
+        extra = {
+            "value": cost,
+            "grad": gradient,
+            "value_fn": lambda trained: differentiable(merged(trained, rest), x, y, **batch)[0],
+        }
+        updates, opt_state = update(gradient, opt_state, trained, **extra)
+        trained = optax.apply_updates(trained, updates)
+        return (trained, opt_state, step + 1), jnp.stack([cost, weights.sum().astype(cost.dtype)])
+
+    return advance
+
+
+def _target_check(model: Layer, loss: Loss, params: Tree) -> Callable[[Tree, Tree], None]:
+    """``(x, y) -> None``, raising where the values of the targets, which a compiled step cannot
+    look into, do not fit the loss. Targets on a device are looked into in the first batch only."""
+    outputs: dict[Any, Tree] = {}
+
+    def check(x: Tree, y: Tree) -> None:
+        shapes = tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(x))
+        if shapes not in outputs:
+            outputs[shapes] = output_shape(model.batched, params, x)
+        elif any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(y)):
+            return
+        with place(f"{loss.name}:"):
+            loss.check(outputs[shapes], y)
+
+    return check
+
+
+def _check_arguments(
+    optimizer: Any, epochs: int | None, steps: int | None, every: int | None
+) -> None:
+    if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
+        raise ValueError(f"optimizer: takes an optax.GradientTransformation, got {optimizer!r}")
+    if (epochs is None) == (steps is None):
+        raise ValueError(f"takes epochs or steps, one of the two; got {epochs=}, {steps=}")
+    for name, value, least in (("epochs", epochs, 0), ("steps", steps, 0), ("every", every, 1)):
+        if value is not None and (isinstance(value, bool) or value != int(value) or value < least):
+            raise ValueError(f"{name}: takes a whole number from {least}, got {value!r}")
+
+
+def _progress_bar(stack: contextlib.ExitStack, training: _Training, batches: Batches) -> Any:
+    try:
+        from tqdm.auto import tqdm
+    except ImportError:
+        return None
+    total = training.steps
+    if training.epochs is not None and isinstance(batches, Sized):
+        total = training.epochs * len(batches)
+    return stack.enter_context(tqdm(total=total, initial=training.step, unit="step"))
