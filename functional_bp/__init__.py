@@ -24,6 +24,7 @@ from .activations import (
     swiglu,
     tanh,
 )
+from .batches import minibatches
 from .combinators import chain, parallel, repeat, residual, tied
 from .dense import dense
 from .dropout import dropout
@@ -35,12 +36,16 @@ from .per_example import clipped_grad, per_example_grad_norms, per_example_grads
 from .recurrent import gru, lstm, rnn
 from .shapes import flatten
 from .summary import summary
+from .tensors import load_params, save_params
 from .through_time import Cell, through_time
+from .training import History, Run, evaluate, fit
 
 __all__ = [
     "Cell",
+    "History",
     "Layer",
     "ModelError",
+    "Run",
     "activation",
     "add",
     "chain",
@@ -51,7 +56,9 @@ __all__ = [
     "dense",
     "dropout",
     "elu",
+    "evaluate",
     "factors",
+    "fit",
     "flatten",
     "gated",
     "geglu",
@@ -63,10 +70,12 @@ __all__ = [
     "hard_tanh",
     "identity",
     "leaky_relu",
+    "load_params",
     "log_softmax",
     "losses",
     "lstm",
     "merged",
+    "minibatches",
     "mish",
     "multiply",
     "parallel",
@@ -78,6 +87,7 @@ __all__ = [
     "residual",
     "rnn",
     "rule",
+    "save_params",
     "selu",
     "sigmoid",
     "silu",
