@@ -28,17 +28,28 @@ from .batches import minibatches
 from .combinators import chain, parallel, repeat, residual, tied
 from .dense import dense
 from .dropout import dropout
+from .embedding import embedding
 from .freezing import merged, trainable
 from .gradients import deltas, grad, value_and_grad
 from .joins import add, concatenate, multiply
 from .layer import Layer, ModelError, rule
+from .moments import (
+    empirical_ntk,
+    grad_diversity,
+    grad_dots,
+    grad_gram,
+    grad_noise_scale,
+    grad_second_moment,
+    grad_variance,
+)
 from .per_example import clipped_grad, per_example_grad_norms, per_example_grads
-from .recurrent import gru, lstm, rnn
+from .recurrent import bidirectional, gru, lstm, rnn
 from .shapes import flatten
 from .summary import summary
 from .tensors import load_params, save_params
 from .through_time import Cell, through_time
 from .training import History, Run, evaluate, fit
+from .trees import at, entry
 
 __all__ = [
     "Cell",
@@ -48,6 +59,8 @@ __all__ = [
     "Run",
     "activation",
     "add",
+    "at",
+    "bidirectional",
     "chain",
     "clipped_grad",
     "concatenate",
@@ -56,6 +69,9 @@ __all__ = [
     "dense",
     "dropout",
     "elu",
+    "embedding",
+    "empirical_ntk",
+    "entry",
     "evaluate",
     "factors",
     "fit",
@@ -66,6 +82,12 @@ __all__ = [
     "gelu_tanh",
     "glu",
     "grad",
+    "grad_diversity",
+    "grad_dots",
+    "grad_gram",
+    "grad_noise_scale",
+    "grad_second_moment",
+    "grad_variance",
     "gru",
     "hard_tanh",
     "identity",

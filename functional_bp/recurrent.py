@@ -15,10 +15,20 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from .contractions import keep
 from .dense import lecun_normal
 from .factors import Outer, Summed
-from .layer import Layer
-from .through_time import Cell, State, product, through_time, transposed_product
+from .layer import Layer, ModelError, place
+from .shapes import Sizes
+from .through_time import (
+    Cell,
+    Recurrent,
+    State,
+    as_tree,
+    product,
+    through_time,
+    transposed_product,
+)
 
 Tree = Any
 sigmoid, tanh = lax.logistic, lax.tanh
@@ -214,3 +224,85 @@ def gru(hidden: int, **options: Any) -> Layer:
         }
 
     return through_time(Cell("gru", hidden, ("h",), init, forward, backward, factors), **options)
+
+
+def bidirectional(forward: Layer, backward: Layer | None = None) -> Layer:
+    """Two recurrent layers over the same sequence, one from each end.
+
+        y_t = [→h_t, ←h_t];  ∂C/∂x_t = the sum of ∂C/∂x_t through both
+
+    (Schuster & Paliwal 1997, "Bidirectional recurrent neural networks".)
+
+    Args:
+      forward: a recurrent layer, ``bp.lstm(64)``.
+      backward: the one that runs from the last valid step to the first; ``forward``'s own kind,
+        with parameters of its own, if not given.
+
+    The input and the output are those of the two layers; of ``state``, ``forward`` takes the
+    first and ``backward`` the second. Parameters are the tuple ``(forward's, backward's)``.
+
+    Raises:
+      ModelError: if ``forward`` is not a recurrent layer and ``backward`` is not given.
+    """
+    if backward is None:
+        if not isinstance(forward, Recurrent):
+            raise ModelError(f"bidirectional: takes a recurrent layer, got {forward!r}")
+        backward = forward.mirrored()
+    layers = (forward, backward)
+    name = f"bidirectional({forward.name}, {backward.name})"
+
+    def inputs(x: Tree) -> list[Tree]:
+        if "state" not in as_tree(x):
+            return [x, x]
+        if len(x["state"]) < 2:
+            raise ModelError(f"state: takes a state for each direction, got {len(x['state'])}")
+        return [{**x, "state": x["state"][i : i + 1]} for i in range(2)]
+
+    def init(key: Array, x: Tree) -> Tree:
+        with place(f"{name}:"):
+            pairs = zip(layers, jax.random.split(key), inputs(x))
+            return tuple(layer.init(k, x) for layer, k, x in pairs)
+
+    def run(params: Tree, x: Tree, key: Array | None = None) -> tuple[Tree, Tree]:
+        with place(f"{name}:"):
+            runs = [layer.forward(p, x) for layer, p, x in zip(layers, params, inputs(x))]
+        ys, residuals = zip(*runs)
+        hs = [as_tree(y)["x"] for y in ys]
+        y: Tree = jnp.concatenate(hs, axis=-1)
+        if isinstance(x, dict):
+            y = {**x, "x": y}
+        if isinstance(x, dict) and "state" in x:
+            y["state"] = (*x["state"][2:], *(y_["state"][0] for y_ in ys))
+        return y, (residuals, Sizes(tuple(h.shape[-1] for h in hs)))
+
+    def run_back(
+        params: Tree, residuals: Tree, dy: Tree, contract: Tree = keep
+    ) -> tuple[Tree, Tree]:
+        residuals, hidden = residuals
+        dhs = lax.split(as_tree(dy)["x"], hidden.sizes, as_tree(dy)["x"].ndim - 1)
+        dys: list[Tree] = list(dhs)
+        if isinstance(dy, dict):
+            dys = [{**dy, "x": dh} for dh in dhs]
+        if isinstance(dy, dict) and "state" in dy:
+            dys = [{**d, "state": (of_final,)} for d, of_final in zip(dys, dy["state"][-2:])]
+        runs = [
+            layer.backward(params[i], residuals[i], dys[i], contract[i])
+            for i, layer in enumerate(layers)
+        ]
+        (dx, dx_), results = zip(*runs)
+        if not isinstance(dy, dict):
+            return dx + dx_, results
+        both = {**dx, "x": dx["x"] + dx_["x"]}
+        if "state" in dy:
+            both["state"] = (*dx["state"], *dx_["state"], *dy["state"][:-2])
+        return both, results
+
+    return Layer(
+        name=name,
+        init=init,
+        forward=run,
+        backward=run_back,
+        lift=lambda: bidirectional(forward.batched, backward.batched),
+        parts=layers,
+        rebuild=bidirectional,
+    )

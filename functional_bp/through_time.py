@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -35,7 +35,7 @@ from jax import Array, lax
 from .combinators import broadcast
 from .contractions import Contraction, contract_factors, keep
 from .factors import Itself, accumulator
-from .layer import Layer, ModelError, described, one_of, place, rule
+from .layer import Layer, ModelError, described, one_of, place
 
 Tree = Any
 State = dict[str, Array]
@@ -159,7 +159,7 @@ def through_time(
     trained_state: bool = False,
     truncate: int | None = None,
     checkpoint: bool | int = False,
-) -> Layer:
+) -> Recurrent:
     """A recurrent layer from a cell.
 
     The input is one example's ``x``, ``(t, d)``, or a tree of
@@ -198,27 +198,56 @@ def through_time(
         raise ValueError(f"truncate: takes a number of steps, at least 1, got {truncate}")
     if checkpoint < 0:
         raise ValueError(f"checkpoint: takes a number of steps, or True, got {checkpoint}")
-    layer = _ThroughTime(cell, output, reverse, trained_state, truncate, checkpoint)
+    over_batch = _ThroughTime(cell, output, reverse, trained_state, truncate, checkpoint)
+    name = over_batch.name
     lifted = Layer(
-        name=layer.name,
-        init=_placed(layer.name, layer.init),
-        forward=_placed(layer.name, layer.forward),
-        backward=_placed(layer.name, layer.backward),
-        reference=_placed(layer.name, layer.reference),
-        probe=_placed(layer.name, layer.probe),
+        name=name,
+        init=_placed(name, over_batch.init),
+        forward=_placed(name, over_batch.forward),
+        backward=_placed(name, over_batch.backward),
+        reference=_placed(name, over_batch.reference),
+        probe=_placed(name, over_batch.probe),
     )
 
     def forward(params: Tree, x: Tree, key: Array | None = None) -> tuple[Tree, Tree]:
-        y, residuals = layer.forward(params, _batch_of_one(x))
+        y, residuals = lifted.forward(params, _batch_of_one(x))
         return _only_example(y), residuals
 
-    def backward(params: Tree, residuals: Tree, dy: Tree) -> tuple[Tree, Tree]:
-        return _only_example(layer.backward(params, residuals, _batch_of_one(dy)))
+    def backward(
+        params: Tree, residuals: Tree, dy: Tree, contract: Tree = keep
+    ) -> tuple[Tree, Tree]:
+        dx, factors = lifted.backward(params, residuals, _batch_of_one(dy))
+        return _only_example(dx), contract_factors(contract, _only_example(factors))
 
     def reference(params: Tree, x: Tree, key: Array | None = None) -> Tree:
-        return _only_example(layer.reference(params, _batch_of_one(x)))
+        return _only_example(over_batch.reference(params, _batch_of_one(x)))
 
-    return rule(layer.init, forward, backward, name=layer.name, reference=reference, batched=lifted)
+    def mirrored() -> Recurrent:
+        return through_time(
+            cell,
+            output=output,
+            reverse=not reverse,
+            trained_state=trained_state,
+            truncate=truncate,
+            checkpoint=checkpoint,
+        )
+
+    return Recurrent(
+        name=name,
+        init=lifted.init,
+        forward=forward,
+        backward=backward,
+        reference=reference,
+        lift=lambda: lifted,
+        mirrored=mirrored,
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class Recurrent(Layer):
+    """A recurrent layer; ``mirrored`` makes the same one running the other way."""
+
+    mirrored: Callable[[], Layer] = field(kw_only=True)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,95 @@
+"""Layers for inputs that are trees: work on one entry, or go on with one alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from .activations import no_parameters
+from .contractions import keep
+from .layer import Layer, ModelError, place, rule
+
+Tree = Any
+
+
+def at(entry: str, layer: Layer) -> Layer:
+    """``layer`` on one entry of a dict; the others pass it by.
+
+        y[entry] = layer(x[entry]),  y[k] = x[k] for every other k;  ∂C/∂x likewise
+
+    ``bp.at("x", bp.embedding(256, 64))`` embeds the ids of a sequence and leaves its length and
+    states as they are. Parameters are the layer's.
+
+    Raises:
+      ModelError: where the input is not a dict with that entry.
+    """
+    name = f"at({entry!r}, {layer.name})"
+
+    def init(key: Array, x: Tree) -> Tree:
+        _check_entry(name, entry, x)
+        with place(f"at({entry!r})"):
+            return layer.init(key, x[entry])
+
+    def forward(params: Tree, x: Tree, key: Array | None = None) -> tuple[Tree, Tree]:
+        _check_entry(name, entry, x)
+        with place(f"at({entry!r})"):
+            y, residuals = layer.forward(params, x[entry], key)
+        return {**x, entry: y}, residuals
+
+    def backward(
+        params: Tree, residuals: Tree, dy: Tree, contract: Tree = keep
+    ) -> tuple[Tree, Tree]:
+        with place(f"at({entry!r})"):
+            dx, results = layer.backward(params, residuals, dy[entry], contract)
+        return {**dy, entry: dx}, results
+
+    return Layer(
+        name=name,
+        init=init,
+        forward=forward,
+        backward=backward,
+        lift=lambda: at(entry, layer.batched),
+        parts=(layer,),
+        rebuild=lambda part: at(entry, part),
+        mixes_examples=layer.mixes_examples,
+    )
+
+
+def entry(name: str) -> Layer:
+    """One entry of a dict: y = x[name]; ∂C/∂x[name] = ∂C/∂y, and 0 for every other entry.
+
+    Raises:
+      ModelError: where the input is not a dict with that entry.
+    """
+
+    def forward(params: Tree, x: Tree, key: Array | None = None) -> tuple[Tree, Tree]:
+        others = {k: jax.tree.map(_zero_delta, v) for k, v in x.items() if k != name}
+        return x[name], others
+
+    def backward(params: Tree, others: Tree, dy: Tree) -> tuple[Tree, Tree]:
+        return {**others, name: dy}, ()
+
+    return rule(
+        no_parameters,
+        forward,
+        backward,
+        name=f"entry({name!r})",
+        check=lambda params, x: _check_entry("", name, x),
+        positionwise=True,
+    )
+
+
+def _zero_delta(leaf: Array) -> Array | None:
+    """No change of the cost; None for integers, which have no δ."""
+    return jnp.zeros_like(leaf) if jnp.issubdtype(leaf.dtype, jnp.floating) else None
+
+
+def _check_entry(where: str, entry: str, x: Tree) -> None:
+    if not isinstance(x, dict) or entry not in x:
+        given = f"entries {sorted(x)}" if isinstance(x, dict) else f"{type(x).__name__}"
+        raise ModelError(
+            f"{where}: takes a dict with the entry {entry!r}, got {given}".lstrip(": ")
+        )
