@@ -238,6 +238,9 @@ class Sum(Factored):
     def scaled(self, weights: Array) -> Sum:
         return Sum(tuple(f.scaled(weights) for f in self.parts))
 
+    def among(self, mask: Array) -> Sum:
+        return Sum(tuple(f.among(mask) for f in self.parts))
+
     def total(self) -> Array:
         return sum(f.total() for f in self.parts)  # type: ignore[return-value]
 
