@@ -20,7 +20,7 @@ import numpy as np
 from jax import Array
 
 from .factors import accumulator
-from .layer import ModelError
+from .layer import ModelError, described
 
 Tree = Any
 
@@ -88,7 +88,11 @@ def _is_array(a: Tree, y: Tree) -> None:
         raise ModelError(f"takes one array of outputs and one of targets, got {a} and {y}")
 
 
-def _ids_or_probabilities(a: Array, y: Array) -> None:
+def _ids_or_probabilities(a: Array, y: Tree) -> None:
+    mask = None
+    if isinstance(y, dict):
+        _check_masked(a, y)
+        y, mask = jax.vmap(_target_and_mask)(a, y)
     _is_array(a, y)
     *outer, classes = a.shape
     if y.shape == a.shape and jnp.issubdtype(y.dtype, jnp.floating):
@@ -98,8 +102,8 @@ def _ids_or_probabilities(a: Array, y: Array) -> None:
             f"takes for each example class ids of shape {tuple(outer[1:])}, as integers, or "
             f"probabilities of shape {tuple(a.shape[1:])}; got {y.dtype}{tuple(y.shape[1:])}"
         )
-    if not isinstance(y, jax.core.Tracer):
-        ids = np.asarray(y)
+    if not isinstance(y, jax.core.Tracer) and not isinstance(mask, jax.core.Tracer):
+        ids = np.asarray(y) if mask is None else np.asarray(y)[np.asarray(mask)]
         if ids.size and not (ids.min() >= 0 and ids.max() < classes):
             raise ModelError(
                 f"takes class ids from 0 to {classes - 1}, got {ids.min()} to {ids.max()}"
@@ -120,17 +124,46 @@ def _is_ids(a: Array, y: Array) -> bool:
     return y.ndim < a.ndim
 
 
-def _softmax_value(a: Array, y: Array) -> Array:
+def _check_masked(a: Tree, y: Tree) -> None:
+    _is_array(a, y.get("y"))
+    n, *positions = a.shape[:-1]
+    if set(y) == {"y", "length"} and jnp.issubdtype(y["length"].dtype, jnp.integer):
+        if y["length"].shape == (n,) and positions:
+            return
+    elif set(y) == {"y", "mask"} and y["mask"].dtype == bool and y["mask"].shape == a.shape[:-1]:
+        return
+    raise ModelError(
+        "takes a target as an array or a tree of y and, for each example, either length, an "
+        f"integer, or mask, bools of shape {tuple(positions)}; got {described(y)}"
+    )
+
+
+def _target_and_mask(a: Array, y: Tree) -> tuple[Array, Array | None]:
+    """One example's target, and which of its positions count; None for all."""
+    if not isinstance(y, dict):
+        return y, None
+    if "mask" in y:
+        return y["y"], y["mask"]
+    before_end = jnp.arange(a.shape[0]) < y["length"]
+    return y["y"], jnp.broadcast_to(before_end.reshape(-1, *(1,) * (a.ndim - 2)), a.shape[:-1])
+
+
+def _softmax_value(a: Array, y: Tree) -> Array:
+    y, mask = _target_and_mask(a, y)
     a = a.astype(accumulator(a))
     log_z = jax.nn.logsumexp(a, axis=-1)
     if _is_ids(a, y):
-        chosen = jnp.take_along_axis(a, y[..., None], axis=-1)[..., 0]
-        return (log_z - chosen).mean()
-    return (log_z * y.sum(-1) - (y * a).sum(-1)).mean()
+        costs = log_z - jnp.take_along_axis(a, y[..., None], axis=-1)[..., 0]
+    else:
+        costs = log_z * y.sum(-1) - (y * a).sum(-1)
+    if mask is None:
+        return costs.mean()
+    return jnp.where(mask, costs, 0).sum() / jnp.maximum(1, mask.sum())
 
 
-def _softmax_delta(a: Array, y: Array) -> Array:
-    positions = max(1, a.size // a.shape[-1])
+def _softmax_delta(a: Array, y: Tree) -> Array:
+    y, mask = _target_and_mask(a, y)
+    positions: Any = max(1, a.size // a.shape[-1])
     p = jax.nn.softmax(a.astype(accumulator(a)), axis=-1)
     if _is_ids(a, y):
         # p − one_hot(y) without making the one-hot. A scatter rather than a select: on two cores
@@ -139,6 +172,8 @@ def _softmax_delta(a: Array, y: Array) -> Array:
         delta = delta.at[jnp.arange(positions), y.reshape(-1)].add(-1).reshape(p.shape)
     else:
         delta = p * y.sum(-1, keepdims=True) - y
+    if mask is not None:
+        delta, positions = jnp.where(mask[..., None], delta, 0), jnp.maximum(1, mask.sum())
     return (delta / positions).astype(a.dtype)
 
 
@@ -151,7 +186,31 @@ softmax_cross_entropy = loss(
     δ^L = (p Σ_k y_k − y) / positions
 
 y is the class ids ``(*positions)``, for which Σ_k y_k = 1, or probabilities of a's shape.
-(Bridle 1990.)"""
+Where only some positions count, it is a tree of ``y`` and either ``length``, an integer: the
+first so many of the first axis do; or ``mask``, bools ``(*positions)``. The mean is over an
+example's valid positions, and 0 where it has none; y may be anything elsewhere. (Bridle 1990.)"""
+
+
+def perplexity(a: Array, y: Tree) -> Array:
+    """exp of the mean, over all valid positions of a batch, of −log p of the target.
+
+    Args:
+      a: logits, ``(n, *positions, classes)``.
+      y: targets as ``softmax_cross_entropy`` takes them, the examples first.
+
+    Returns:
+      A scalar: 1 for a perfect prediction, the number of classes for a uniform one.
+
+    Raises:
+      ModelError: where the targets do not fit.
+    """
+    softmax_cross_entropy.check(a, y)
+    costs = jax.vmap(_softmax_value)(a, y)
+    _, mask = jax.vmap(_target_and_mask)(a, y)
+    if mask is None:
+        return jnp.exp(costs.mean())
+    counts = mask.sum(range(1, mask.ndim))
+    return jnp.exp(counts @ costs / jnp.maximum(1, counts.sum()))
 
 
 def _sigmoid_value(a: Array, y: Array) -> Array:
