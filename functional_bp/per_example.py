@@ -12,7 +12,6 @@ from jax import Array, lax
 
 from .contractions import (
     Weighted,
-    WeightedAmong,
     contract_factors,
     each,
     keep,
@@ -166,10 +165,12 @@ def clipped_grad(
     ) -> Tree:
         divisor = check_batch(x, y) if normalize_by is None else normalize_by
 
-        def part(x: Tree, y: Tree, weights: Array, key: Array | None) -> tuple[Tree, Tree]:
+        def clipped(
+            x: Tree, y: Tree, weights: Array, key: Array | None
+        ) -> tuple[Tree, Tree, Array]:
+            """Σₙ cₙ gₙ and Σₙ wₙ Cₙ; the norms of each group; which examples are finite."""
             costs, backward = recursion(model.batched, loss, params, x, y, key)
             ones = jnp.ones_like(costs)
-            weights = weights.astype(costs.dtype)
             if recursions == 1:
                 factors = backward(ones, keep)
                 squared = contract_factors(squared_norms, factors)
@@ -177,23 +178,34 @@ def clipped_grad(
                 squared = backward(ones, squared_norms)
             norms = _norms(squared, per, costs)
             finite = _all_finite(norms)
+            weights = jnp.where(finite, weights.astype(costs.dtype), 0)
+            scales = _clipping_weights(norms, max_norm, weights / divisor)
+            if recursions == 2 and per == "model":
+                sums = backward(scales, total)
+            else:
+                contract = _with_weights(scales, squared)
+                sums = (
+                    contract_factors(contract, factors)
+                    if recursions == 1
+                    else backward(ones, contract)
+                )
+            return (sums, weights @ jnp.where(finite, costs, 0)), norms, finite
+
+        def part(x: Tree, y: Tree, weights: Array, key: Array | None) -> tuple[Tree, Tree]:
+            sums, norms, finite = clipped(x, y, weights, key)
             counted = jnp.where(finite, weights, 0)
-            scales = _clipping_weights(norms, max_norm, counted / divisor)
 
-            def contracted(kind: type[Weighted]) -> Tree:
-                contract = _with_weights(kind, scales, squared)
-                if recursions == 1:
-                    return contract_factors(contract, factors)
-                if per == "model" and kind is Weighted:
-                    return backward(scales, total)
-                return backward(ones, contract)
+            # 0 · NaN is NaN in Σₙ δₙ aₙᵀ, so a weight of 0 does not remove what is not finite:
+            # where there is such an example, all is done once more with zeros in its place. As a
+            # loop of no or one turn this keeps nothing alive for the case that almost never is.
+            def without(state: tuple[Tree, Array]) -> tuple[Tree, Array]:
+                blank = jax.tree.map(lambda leaf: _where(finite, leaf), (x, y))
+                again, _, _ = clipped(*blank, counted, key)
+                some = finite.any()
+                return jax.tree.map(lambda s: jnp.where(some, s, 0), again), jnp.array(True)
 
-            # 0 · NaN is NaN in Σₙ δₙ aₙᵀ, so a weight of 0 does not remove what is not finite.
-            sums = lax.cond(
-                finite.all(), lambda: contracted(Weighted), lambda: contracted(WeightedAmong)
-            )
-            cost = counted @ jnp.where(finite, costs, 0)
-            return (sums, cost, counted.sum()), _batch_first(norms)
+            sums, _ = lax.while_loop(lambda s: ~s[1], without, (sums, finite.all()))
+            return (*sums, counted.sum()), _batch_first(norms)
 
         (sums, cost, count), norms = run(part, x, y, weights, key)
         gradient = like(params, sums)
@@ -227,10 +239,15 @@ def _clipping_weights(norms: Tree, max_norm: float, weights: Array) -> Tree:
     )
 
 
-def _with_weights(kind: type[Weighted], scales: Tree, squared: Tree) -> Tree:
+def _where(mask: Array, leaf: Array) -> Array:
+    """Example n of ``leaf`` where the mask is true, zeros elsewhere."""
+    return jnp.where(mask.reshape(-1, *(1,) * (leaf.ndim - 1)), leaf, 0)
+
+
+def _with_weights(scales: Tree, squared: Tree) -> Tree:
     """A weighted total for each parameter, from the weights of the groups."""
     return jax.tree.map(
-        lambda w, below: jax.tree.map(lambda s: kind(jnp.broadcast_to(w, s.shape)), below),
+        lambda w, below: jax.tree.map(lambda s: Weighted(jnp.broadcast_to(w, s.shape)), below),
         scales,
         squared,
     )
