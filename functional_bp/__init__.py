@@ -1,6 +1,6 @@
 """Hand-written backpropagation in JAX: the δ recursion, with gradients kept factored."""
 
-from . import contractions, factors, losses
+from . import contractions, factors, losses, testing
 from .activations import (
     activation,
     elu,
@@ -118,6 +118,7 @@ __all__ = [
     "summary",
     "swiglu",
     "tanh",
+    "testing",
     "through_time",
     "tied",
     "trainable",
