@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from .factors import Factored, Stacked, Sum
+from .factors import Factored, Outer, Stacked, Sum
 
 Tree = Any
 
@@ -114,7 +114,7 @@ class WeightedAmong(Weighted):
         return _by_layer(lambda f, w: f.among(w != 0).scaled(w).total(), factor, self.weights)
 
 
-def _by_layer(function: Callable[..., Array], factor: Factored, *args: Array) -> Array:
+def _by_layer(function: Callable[..., Any], factor: Factored, *args: Array) -> Any:
     """``function`` of the factors, for each layer apart where they are a stack's."""
     if isinstance(factor, Stacked):
         return lax.map(lambda each: _by_layer(function, *each), (factor.layers, *args))
@@ -142,7 +142,35 @@ class SecondMoment(Contraction):
     """Mean over n of gₙ², element by element."""
 
     def __call__(self, factor: Factored) -> Array:
-        return factor.second_moment()
+        return _by_layer(lambda f: f.second_moment(), factor)
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["weights"], meta_fields=["of", "shared"]
+)
+@dataclass(frozen=True)
+class SecondOrder(Contraction):
+    """One Kronecker factor of Σₙ wₙ gₙ gₙᵀ: ``of`` the input, A ≈ Σₙ wₙ aₙ aₙᵀ, or ``of`` the
+    output, G ≈ Σₙ wₙ δₙ δₙᵀ. ``shared``: how positions come in, ``"expand"`` or ``"reduce"``."""
+
+    weights: Array
+    of: str
+    shared: str
+
+    def __call__(self, factor: Factored) -> Array | None:
+        return _by_layer(self._of_one, factor, self.weights)
+
+    def _of_one(self, factor: Factored, weights: Array) -> Array | None:
+        f = factor.as_outer()
+        if f is None:
+            return None
+        vectors = f.v if self.of == "input" else f.u
+        if self.shared == "reduce":
+            vectors = vectors.sum(1, keepdims=True)
+            weights = weights / f.v.shape[1] ** 2 if self.of == "input" else weights
+        elif self.of == "input":
+            weights = weights / f.v.shape[1]
+        return Outer(vectors, vectors).scaled(weights).total()
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["v"], meta_fields=[])

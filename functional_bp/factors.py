@@ -17,6 +17,7 @@ batch of gradients gₙ it stands for, by the cheapest route for its shapes:
     second_moment()  mean over n of gₙ²
     scaled(w)        the factors of wₙ gₙ
     among(mask)      the factors of gₙ where mask, of 0 elsewhere
+    as_outer()       the same gradients as Σ_t u_t v_tᵀ, where they are that
 
 Every array in a factored gradient has the examples on its first axis; a rule, which sees one
 example, builds one without that axis and ``vmap`` adds it.
@@ -28,8 +29,10 @@ parameter; i its columns.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -77,7 +80,12 @@ class Factored:
 
     def gram(self, other: Factored) -> Array:
         """⟨gₙ, hₘ⟩, shape ``(n, m)``."""
-        return jnp.einsum("ni,mi->nm", _flat(self.each()), _flat(other.each()))
+
+        def rows(f: Factored) -> Array:
+            g = _flat(f.each())
+            return _map_blocks(lambda h: _flat(h.each()) @ g.T, other, _parameter_size(other)).T
+
+        return _map_blocks(rows, self, _parameter_size(self))
 
     def dot(self, v: Array) -> Array:
         """⟨gₙ, v⟩, shape ``(n,)``; ``v`` has the parameter's shape."""
@@ -85,11 +93,54 @@ class Factored:
 
     def second_moment(self) -> Array:
         """Mean over n of gₙ², element by element, shape ``(*parameter)``."""
-        return (self.each() ** 2).mean(0)
+        blocks = _blocks(self, _parameter_size(self))
+        if blocks is None:
+            return (self.each() ** 2).mean(0)
+
+        def add(sum_: Array, block: Factored) -> tuple[Array, None]:
+            return sum_ + (block.each() ** 2).sum(0), None
+
+        g = jax.eval_shape(self.each)
+        return lax.scan(add, jnp.zeros(g.shape[1:], g.dtype), blocks)[0] / g.shape[0]
+
+    def as_outer(self) -> Outer | None:
+        """The same gradients as one ``Outer`` with its positions on one axis, a vector being a
+        matrix of one column; None where they are not that."""
+        return None
 
 
 def _flat(each: Array) -> Array:
     return each.reshape(each.shape[0], -1)
+
+
+def _parameter_size(f: Factored) -> int:
+    return math.prod(jax.eval_shape(f.each).shape[1:])
+
+
+def _blocks(f: Factored, intermediate: int) -> Factored | None:
+    """A few examples at a time: the examples on two axes, ``(blocks, n / blocks)``.
+
+    As many in a block as keep intermediates of ``intermediate`` numbers an example no larger
+    than the factors themselves. None if that is all of them.
+    """
+    leaves = jax.tree.leaves(f)
+    n = leaves[0].shape[0]
+    most = max(1, sum(leaf.size for leaf in leaves) // intermediate)
+    if most >= n:
+        return None
+    size = max(d for d in range(1, most + 1) if n % d == 0)
+    return jax.tree.map(lambda leaf: leaf.reshape(n // size, size, *leaf.shape[1:]), f)
+
+
+def _map_blocks(
+    function: Callable[[Any], Array], f: Factored | tuple[Factored, ...], intermediate: int
+) -> Array:
+    """``function(f)``, ``(n, …)``, in ``_blocks``."""
+    blocks = _blocks(f, intermediate)  # type: ignore[arg-type]
+    if blocks is None:
+        return function(f)
+    results = lax.map(function, blocks)
+    return results.reshape(-1, *results.shape[2:])
 
 
 def per_example(weights: Array, leaf: Array) -> Array:
@@ -113,6 +164,9 @@ class Itself(Factored):
     def scaled(self, weights: Array) -> Itself:
         return Itself(per_example(weights, self.g))
 
+    def as_outer(self) -> Outer | None:
+        return Summed(self.g).as_outer() if self.g.ndim == 2 else None
+
     def total(self) -> Array:
         return self.g.sum(0, dtype=accumulator(self.g))
 
@@ -132,6 +186,9 @@ class Summed(Factored):
 
     def scaled(self, weights: Array) -> Summed:
         return Summed(per_example(weights, self.g))
+
+    def as_outer(self) -> Outer:
+        return Outer(self.g, jnp.ones_like(self.g[..., :1])).as_outer()
 
     def total(self) -> Array:
         return self.g.sum(range(self.g.ndim - 1), dtype=accumulator(self.g))
@@ -156,9 +213,7 @@ class Outer(Factored):
 
     def each(self) -> Array:
         f = self._positions()
-        return jnp.einsum(
-            "nto,nti->noi", f.u, f.v, preferred_element_type=accumulator(self.u, self.v)
-        )
+        return _einsum("nto,nti->noi", f.u, f.v)
 
     def scaled(self, weights: Array) -> Outer:
         return Outer(per_example(weights, self.u), self.v)
@@ -172,54 +227,59 @@ class Outer(Factored):
     def inner(self, other: Factored) -> Array:
         if not isinstance(other, Outer):
             return super().inner(other)
-        f, g = self._positions(), other._positions()
-        (_, t, o), (_, s, i) = f.u.shape, (*g.v.shape,)
+        f = self._positions()
+        g = f if other is self else other._positions()
+        (_, t, o), (_, s, i) = f.u.shape, g.v.shape
         if t == s == 1:
-            return ((f.u * g.u).sum((1, 2))) * ((f.v * g.v).sum((1, 2)))
+            sums = ((a * b).sum((1, 2), dtype=accumulator(a)) for a, b in ((f.u, g.u), (f.v, g.v)))
+            return math.prod(sums)  # type: ignore[return-value]
+        pair = (f,) if g is f else (f, g)
         if t * s * (o + i) <= (t + s) * o * i:  # Σ_ts (u_t·u'_s)(v_t·v'_s): products of Grams
-            return _by_example(_inner_by_gram, t * s, f, g)
-        return _by_example(_inner_by_definition, o * i, f, g)
+            return _map_blocks(_inner_by_gram, pair, t * s)
+        return _map_blocks(_inner_by_definition, pair, o * i)
 
     def gram(self, other: Factored) -> Array:
-        if not isinstance(other, Outer) or self.u.ndim > 2 or other.u.ndim > 2:
+        if not isinstance(other, Outer):
             return super().gram(other)
-        return jnp.einsum("no,mo->nm", self.u, other.u) * jnp.einsum("ni,mi->nm", self.v, other.v)
+        f, g = self._positions(), other._positions()
+        (_, t, o), (m, s, i) = f.u.shape, g.v.shape
+        if t == s == 1:
+            return _einsum("nto,mto->nm", f.u, g.u) * _einsum("nti,mti->nm", f.v, g.v)
+        if t * s * (o + i) > o * i:
+            return super().gram(other)
+
+        def rows(f: Outer) -> Array:  # Σ_ts (u_nt·u_ms)(v_nt·v_ms), as in inner
+            uu = _einsum("nto,mso->ntms", f.u, g.u)
+            return jnp.einsum("ntms,ntms->nm", uu, _einsum("nti,msi->ntms", f.v, g.v))
+
+        return _map_blocks(rows, f, t * m * s)
 
     def dot(self, v: Array) -> Array:
         f = self._positions()
-        return jnp.einsum("nto,oi,nti->n", f.u, v, f.v)
+        return _einsum("nto,nto->n", _einsum("nti,oi->nto", f.v, v), f.u)
 
     def second_moment(self) -> Array:
         if self.u.ndim > 2:
             return super().second_moment()
-        return jnp.einsum("no,ni->oi", self.u**2, self.v**2) / self.u.shape[0]
+        return Outer(self.u**2, self.v**2).total() / self.u.shape[0]
+
+    def as_outer(self) -> Outer:
+        return self._positions()
 
 
-def _inner_by_gram(f: Outer, g: Outer) -> Array:
-    return jnp.einsum(
-        "nts,nts->n", jnp.einsum("nto,nso->nts", f.u, g.u), jnp.einsum("nti,nsi->nts", f.v, g.v)
-    )
+def _inner_by_gram(pair: tuple[Outer, ...]) -> Array:
+    f, g = pair[0], pair[-1]
+    uu = _einsum("nto,nso->nts", f.u, g.u)
+    return jnp.einsum("nts,nts->n", uu, _einsum("nti,nsi->nts", f.v, g.v))
 
 
-def _inner_by_definition(f: Outer, g: Outer) -> Array:
-    return jnp.einsum("noi,noi->n", f.each(), f.each() if f is g else g.each())
+def _inner_by_definition(pair: tuple[Outer, ...]) -> Array:
+    each = [f.each() for f in pair]
+    return jnp.einsum("noi,noi->n", each[0], each[-1])
 
 
-def _by_example(
-    inner: Callable[[Outer, Outer], Array], intermediate: int, f: Outer, g: Outer
-) -> Array:
-    """``inner(f, g)``, a few examples at a time where its intermediates (``intermediate`` numbers
-    an example) would take more memory than the factors themselves."""
-    n = f.u.shape[0]
-    at_once = max(1, (f.u.size + f.v.size) // intermediate)
-    if at_once >= n:
-        return inner(f, g)
-
-    def one(pair: tuple[Outer, Outer]) -> Array:
-        f, g = jax.tree.map(lambda leaf: leaf[None], pair)
-        return inner(f, g)[0]
-
-    return lax.map(one, (f, g), batch_size=at_once if at_once > 1 else None)
+def _einsum(subscripts: str, *arrays: Array) -> Array:
+    return jnp.einsum(subscripts, *arrays, preferred_element_type=accumulator(*arrays))
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["parts"], meta_fields=[])
@@ -252,6 +312,15 @@ class Sum(Factored):
 
     def dot(self, v: Array) -> Array:
         return sum(f.dot(v) for f in self.parts)  # type: ignore[return-value]
+
+    def as_outer(self) -> Outer | None:
+        parts = [f.as_outer() for f in self.parts]
+        outers = [f for f in parts if f is not None]
+        if len(outers) < len(parts):
+            return None
+        return Outer(
+            jnp.concatenate([f.u for f in outers], 1), jnp.concatenate([f.v for f in outers], 1)
+        )
 
     def _pairs(self, other: Factored) -> list[tuple[Factored, Factored]]:
         others = other.parts if isinstance(other, Sum) else (other,)
