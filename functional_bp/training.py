@@ -119,25 +119,11 @@ def evaluate(
         give one value per example.
       ValueError: when called with no batches.
     """
-    metrics = dict(metrics or {})
-
-    @jax.jit
-    def added(sums: Tree, params: Tree, x: Tree, y: Tree, weights: Array) -> Tree:
-        a = model.apply(params, x)
-        with place(f"{loss.name}:"):
-            loss.check(a, y)
-        values = {"loss": jax.vmap(loss.value)(a, y)} | {k: m(a, y) for k, m in metrics.items()}
-        for name, value in values.items():
-            if jnp.shape(value) != weights.shape:
-                raise ModelError(
-                    f"metrics: {name} takes (outputs, y) to one value per example, "
-                    f"{weights.shape}; got {jnp.shape(value)}"
-                )
-        here = {name: weights @ value.astype(weights.dtype) for name, value in values.items()}
-        return jax.tree.map(jnp.add, sums, (here, weights.sum()))
+    added = _added(model, loss, tuple((metrics or {}).items()))
 
     def fn(params: Tree, batches: Batches) -> dict[str, float]:
-        sums: Tree = (dict.fromkeys(["loss", *metrics], 0.0), 0.0)
+        zero = jnp.zeros(())
+        sums: Tree = (dict.fromkeys(["loss", *(metrics or {})], zero), zero)
         check_targets = _target_check(model, loss, params)
         padded = Padded(fill=not model.mixes_examples)
         for batch in each_epoch(batches)(0):
@@ -220,13 +206,14 @@ def fit(
     _check_arguments(optimizer, epochs, steps, every)
     source = each_epoch(batches, epochs)
     frozen = frozen_leaves(params, frozen)
+    flags = (jax.tree.structure(frozen), tuple(jax.tree.leaves(frozen)))
     params = _copied(params)
     opt_state = _copied(optimizer.init(trainable(params, frozen)))
     state, rest = _split(params, frozen, opt_state, 0)
     training = _Training(
         model=model,
         loss=loss,
-        advance=_advance(model, loss, optimizer, method, frozen, microbatch),
+        advance=_advance(model, loss, optimizer, method, flags, microbatch),
         state=state,
         rest=rest,
         frozen=frozen,
@@ -404,15 +391,48 @@ def _copied(tree: Tree) -> Tree:
     return jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), tree)
 
 
+# The two compiled functions are kept, so that a second run of the same model does not compile.
+
+
+@functools.lru_cache(maxsize=32)
+def _added(
+    model: Layer, loss: Loss, metrics: tuple[tuple[str, Metric], ...]
+) -> Callable[..., Tree]:
+    """``(sums, params, x, y, weights) -> sums``: ({name: Σ w m}, Σ w) with a batch added."""
+
+    @jax.jit
+    def added(sums: Tree, params: Tree, x: Tree, y: Tree, weights: Array) -> Tree:
+        a = model.apply(params, x)
+        with place(f"{loss.name}:"):
+            loss.check(a, y)
+        values = {"loss": loss.costs(a, y)} | {name: metric(a, y) for name, metric in metrics}
+        for name, value in values.items():
+            if jnp.shape(value) != weights.shape:
+                raise ModelError(
+                    f"metrics: {name} takes (outputs, y) to one value per example, "
+                    f"{weights.shape}; got {jnp.shape(value)}"
+                )
+        here = {name: weights @ value.astype(weights.dtype) for name, value in values.items()}
+        return jax.tree.map(jnp.add, sums, (here, weights.sum()))
+
+    return added
+
+
+@functools.lru_cache(maxsize=32)
 def _advance(
     model: Layer,
     loss: Loss,
     optimizer: optax.GradientTransformation,
     method: str,
-    frozen: Frozen,
+    frozen: tuple[Any, tuple[bool, ...]],
     microbatch: int | None,
 ) -> Callable[..., tuple[State, Array]]:
-    """The compiled step: ``(state, rest, x, y, weights, key) -> (state, [loss, Σ w])``."""
+    """The compiled step: ``(state, rest, x, y, weights, key) -> (state, [loss, Σ w])``.
+
+    Args:
+      frozen: a tree of bools as its structure and leaves, which can be looked up.
+    """
+    frozen = jax.tree.unflatten(*frozen)
     value = value_and_grad(model, loss, method=method, frozen=frozen, microbatch=microbatch)
     differentiable = value_and_grad(model, loss, method="autodiff", frozen=frozen)
     update = optax.with_extra_args_support(optimizer).update
