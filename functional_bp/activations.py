@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from .layer import Layer, ModelError, described, rule
+from .layer import Layer, ModelError, check_array, described, no_parameters, rule
 
 Tree = Any
 
@@ -66,13 +66,9 @@ def activation(
 
 
 def _check_floating(params: Tree, z: Array) -> None:
-    if not hasattr(z, "dtype") or not jnp.issubdtype(z.dtype, jnp.floating):
+    check_array(z)
+    if not jnp.issubdtype(z.dtype, jnp.floating):
         raise ModelError(f"takes an array of floating-point numbers, got {described(z)}")
-
-
-def no_parameters(key: Array, x: Tree) -> Tree:
-    """``init`` of a layer without parameters."""
-    return ()
 
 
 sigmoid = activation(lax.logistic, lambda a: a * (1 - a), name="sigmoid", of_output=True)
@@ -198,6 +194,7 @@ hard_tanh = activation(
 
 
 def _check_features(params: Tree, z: Array) -> None:
+    check_array(z)
     if not jnp.issubdtype(z.dtype, jnp.floating) or z.ndim == 0:
         raise ModelError(f"takes floating-point numbers (..., features), got {described(z)}")
 

@@ -8,8 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from .activations import no_parameters
-from .layer import Layer, rule
+from .layer import Layer, check_array, no_parameters, rule
 
 Tree = Any
 
@@ -39,4 +38,11 @@ def dropout(rate: float) -> Layer:
     def masked(mask: Array | None, x: Array) -> Array:
         return x if mask is None else jnp.where(mask, x / (1 - rate), 0)
 
-    return rule(no_parameters, forward, backward, name=f"dropout({rate})", random=True)
+    return rule(
+        no_parameters,
+        forward,
+        backward,
+        name=f"dropout({rate})",
+        check=lambda params, x: check_array(x),
+        random=True,
+    )

@@ -10,8 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from .activations import no_parameters
-from .layer import Layer, ModelError, described, rule
+from .layer import Layer, ModelError, described, no_parameters, rule
 from .shapes import Sizes
 
 Tree = Any

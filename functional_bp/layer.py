@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import textwrap
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -93,6 +94,11 @@ class Layer:
         return self.name
 
 
+def no_parameters(key: Array, x: Tree) -> Tree:
+    """``init`` of a rule without parameters."""
+    return ()
+
+
 def rule(
     init: Callable[..., Tree],
     forward: Callable[..., tuple[Tree, Tree]],
@@ -108,7 +114,7 @@ def rule(
     """A layer from three pure functions on one example.
 
     Args:
-      init: ``(key, x) -> params``.
+      init: ``(key, x) -> params``; ``x`` is a ``ShapeDtypeStruct``, or a tree of them.
       forward: ``(params, x, key=None) -> (y, residuals)``.
       backward: ``(params, residuals, dy) -> (dx, factors)``; ``factors`` is the tree of params
         with one ``bp.factors.Factored`` at each parameter.
@@ -132,11 +138,18 @@ def rule(
 
     def named_init(key: Array, x: Tree) -> Tree:
         with place(f"{name}:"):
-            return init(key, x)
+            return init(key, shapes_of(x))
+
+    def check_all(params: Tree, x: Tree) -> None:
+        if init is no_parameters and not (isinstance(params, tuple) and params == ()):
+            raise ModelError(
+                f"takes no parameters, (), got {described(params)}; are they another model's?"
+            )
+        check(params, x)
 
     def checked_forward(params: Tree, x: Tree, key: Array | None = None) -> tuple[Tree, Tree]:
         with place(f"{name}:"):
-            check(params, x)
+            check_all(params, x)
             return forward(params, x, key)
 
     def factored(params: Tree, residuals: Tree, dy: Tree) -> tuple[Tree, Tree]:
@@ -150,7 +163,7 @@ def rule(
 
         def lifted(params: Tree, x: Tree, key: Array | None = None) -> Tree:
             with place(f"{name}:"):
-                check(params, one_of(x))
+                check_all(params, one_of(x))
                 if positionwise:
                     return function(params, x, key)
                 if key is None or not random:
@@ -201,9 +214,23 @@ def _check_factors(params: Tree, factors: Tree) -> None:
         )
 
 
+def shapes_of(x: Tree) -> Tree:
+    """Shapes and dtypes as JAX takes them: without x64, float64 numbers are float32."""
+    try:
+        return jax.eval_shape(lambda x: x, x)
+    except TypeError:
+        raise ModelError(f"takes arrays of numbers, got {described(x)}") from None
+
+
+def check_array(x: Tree) -> None:
+    """Raises unless x is one array."""
+    if not hasattr(x, "shape"):
+        raise ModelError(f"takes one array, got {described(x)}")
+
+
 def batch_size(x: Tree) -> int:
     """The number of examples in a batch: the length of every leaf's first axis."""
-    sizes = {leaf.shape[0] if leaf.ndim else -1 for leaf in jax.tree.leaves(x)}
+    sizes = {leaf.shape[0] if getattr(leaf, "shape", ()) else -1 for leaf in jax.tree.leaves(x)}
     if len(sizes) != 1 or -1 in sizes:
         raise ModelError(
             f"takes a batch with the examples on the first axis of every array, got {described(x)}"
@@ -222,7 +249,13 @@ def one_of(x: Tree) -> Tree:
 
 def described(x: Tree) -> str:
     """Shapes and dtypes of a tree, as an error says them: ``float32(32, 10)``."""
-    return str(jax.tree.map(lambda leaf: _Text(f"{leaf.dtype}{tuple(leaf.shape)}"), x))
+
+    def leaf_text(leaf: Any) -> _Text:
+        if hasattr(leaf, "dtype"):
+            return _Text(f"{leaf.dtype}{tuple(leaf.shape)}")
+        return _Text(type(leaf).__name__)
+
+    return textwrap.shorten(str(jax.tree.map(leaf_text, x)), 300, placeholder=" …")
 
 
 class _Text(str):

@@ -8,8 +8,7 @@ from typing import Any
 import jax
 from jax import Array
 
-from .activations import no_parameters
-from .layer import rule
+from .layer import check_array, no_parameters, rule
 
 Tree = Any
 
@@ -30,5 +29,11 @@ def _flatten_backward(params: Tree, shape: Sizes, dy: Array) -> tuple[Array, Tre
     return dy.reshape(shape.sizes), ()
 
 
-flatten = rule(no_parameters, _flatten_forward, _flatten_backward, name="flatten")
+flatten = rule(
+    no_parameters,
+    _flatten_forward,
+    _flatten_backward,
+    name="flatten",
+    check=lambda params, x: check_array(x),
+)
 """y = all numbers of one example's array on one axis; ∂C/∂x = ∂C/∂y in x's shape."""

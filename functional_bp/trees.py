@@ -8,9 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from .activations import no_parameters
 from .contractions import keep
-from .layer import Layer, ModelError, place, rule
+from .layer import Layer, ModelError, no_parameters, place, rule
 
 Tree = Any
 
