@@ -26,12 +26,14 @@ from .activations import (
 )
 from .batches import minibatches
 from .combinators import chain, parallel, repeat, residual, tied
+from .curvature import Kronecker, ggn_diagonal, ggnvp, hvp, kronecker_factors
 from .dense import dense
 from .dropout import dropout
 from .embedding import embedding
 from .freezing import merged, trainable
 from .gradients import deltas, grad, value_and_grad
 from .joins import add, concatenate, multiply
+from .kfac import kfac
 from .layer import Layer, ModelError, rule
 from .moments import (
     empirical_ntk,
@@ -54,6 +56,7 @@ from .trees import at, entry
 __all__ = [
     "Cell",
     "History",
+    "Kronecker",
     "Layer",
     "ModelError",
     "Run",
@@ -80,6 +83,8 @@ __all__ = [
     "geglu",
     "gelu",
     "gelu_tanh",
+    "ggn_diagonal",
+    "ggnvp",
     "glu",
     "grad",
     "grad_diversity",
@@ -90,7 +95,10 @@ __all__ = [
     "grad_variance",
     "gru",
     "hard_tanh",
+    "hvp",
     "identity",
+    "kfac",
+    "kronecker_factors",
     "leaky_relu",
     "load_params",
     "log_softmax",

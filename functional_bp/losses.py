@@ -33,6 +33,8 @@ class Loss:
     value: Callable[[Tree, Tree], Array]
     delta: Callable[[Tree, Tree], Tree]
     check: Callable[[Tree, Tree], None]
+    root: Callable[[Tree, Tree, Tree], Tree] | None = None
+    sample: Callable[[Array, Tree, Tree], Tree] | None = None
 
     # Compiled, because vmap outside jit goes from operation to operation, 10 ms for a loss whose
     # arithmetic is microseconds. Inside jit they are inlined and leave no trace.
@@ -61,6 +63,8 @@ def loss(
     *,
     name: str | None = None,
     check: Callable[[Tree, Tree], None] = _any_target,
+    root: Callable[[Tree, Tree, Tree], Tree] | None = None,
+    sample: Callable[[Array, Tree, Tree], Tree] | None = None,
 ) -> Loss:
     """A loss from its value and its derivative, both for one example.
 
@@ -70,8 +74,12 @@ def loss(
       name: how errors call it.
       check: ``(a, y) -> None`` for a whole batch, raising ``bp.ModelError`` where the target
         does not fit; y may be traced.
+      root: ``(a, y, e) -> S e``, linear in e of a's shape, for the S with ∇²C = S Sᵀ (by a).
+        Exact curvature needs it.
+      sample: ``(key, a, y) -> δ̂``, a random δ with mean of δ̂ δ̂ᵀ = ∇²C: the δ of a target drawn
+        from the model's own prediction. Sampled curvature needs it.
     """
-    return Loss(name or value.__name__, value, delta, check)
+    return Loss(name or value.__name__, value, delta, check, root, sample)
 
 
 def _same_shape(a: Array, y: Array) -> None:
@@ -115,9 +123,14 @@ def _half_squared(a: Array, y: Array) -> Array:
 
 
 squared_error = loss(
-    _half_squared, lambda a, y: (a - y).astype(a.dtype), name="squared_error", check=_same_shape
+    _half_squared,
+    lambda a, y: (a - y).astype(a.dtype),
+    name="squared_error",
+    check=_same_shape,
+    root=lambda a, y, e: e,
+    sample=lambda key, a, y: jax.random.normal(key, a.shape, a.dtype),
 )
-"""C = ½ ‖a − y‖²; ∂C/∂a = a − y. a and y have the same shape."""
+"""C = ½ ‖a − y‖²; ∂C/∂a = a − y; ∇²C = I. a and y have the same shape."""
 
 
 def _is_ids(a: Array, y: Array) -> bool:
@@ -177,13 +190,41 @@ def _softmax_delta(a: Array, y: Tree) -> Array:
     return (delta / positions).astype(a.dtype)
 
 
+def _root_of_position_weights(a: Array, y: Tree) -> Array:
+    """√ of each position's share of ∇²C, ``(*positions, 1)``."""
+    y, mask = _target_and_mask(a, y)
+    weights = jnp.ones(a.shape[:-1], a.dtype) if _is_ids(a, y) else y.sum(-1)
+    if mask is None:
+        weights = weights / max(1, weights.size)
+    else:
+        weights = jnp.where(mask, weights, 0) / jnp.maximum(1, mask.sum())
+    return jnp.sqrt(weights)[..., None].astype(a.dtype)
+
+
+def _softmax_root(a: Array, y: Tree, e: Array) -> Array:
+    p = jax.nn.softmax(a, axis=-1)
+    se = jnp.sqrt(p) * e
+    return _root_of_position_weights(a, y) * (se - p * se.sum(-1, keepdims=True))
+
+
+def _softmax_sample(key: Array, a: Array, y: Tree) -> Array:
+    drawn = jax.nn.one_hot(jax.random.categorical(key, a), a.shape[-1], dtype=a.dtype)
+    return _root_of_position_weights(a, y) * (jax.nn.softmax(a, axis=-1) - drawn)
+
+
 softmax_cross_entropy = loss(
-    _softmax_value, _softmax_delta, name="softmax_cross_entropy", check=_ids_or_probabilities
+    _softmax_value,
+    _softmax_delta,
+    name="softmax_cross_entropy",
+    check=_ids_or_probabilities,
+    root=_softmax_root,
+    sample=_softmax_sample,
 )
 """Cross-entropy of softmax(a) with the target, from logits a ``(*positions, classes)``.
 
     p = softmax(a),  C = mean over positions of −Σ_k y_k log p_k
     δ^L = (p Σ_k y_k − y) / positions
+    ∇²C = (diag(p) − p pᵀ) Σ_k y_k / positions = S Sᵀ,  S ∝ diag(√p) − p √pᵀ
 
 y is the class ids ``(*positions)``, for which Σ_k y_k = 1, or probabilities of a's shape.
 Where only some positions count, it is a tree of ``y`` and either ``length``, an integer: the
@@ -223,11 +264,13 @@ sigmoid_cross_entropy = loss(
     lambda a, y: (jax.lax.logistic(a) - y).astype(a.dtype),
     name="sigmoid_cross_entropy",
     check=_same_shape,
+    root=lambda a, y, e: e * jnp.exp(0.5 * (jax.nn.log_sigmoid(a) + jax.nn.log_sigmoid(-a))),
+    sample=lambda key, a, y: jax.lax.logistic(a) - jax.random.bernoulli(key, jax.lax.logistic(a)),
 )
 """Cross-entropy of sigmoid(a) with the target, from logits, summed over outputs.
 
     p = sigmoid(a),  C = −Σ_k [y_k log p_k + (1 − y_k) log(1 − p_k)]
-    δ^L = p − y
+    δ^L = p − y,  ∇²C = diag(p (1 − p))
 
 a and y have the same shape, y between 0 and 1."""
 
@@ -241,6 +284,8 @@ mean_squared_error = loss(
     lambda a, y: ((a - y) * (2 / max(1, a.size))).astype(a.dtype),
     name="mean_squared_error",
     check=_same_shape,
+    root=lambda a, y, e: e * (2 / max(1, a.size)) ** 0.5,
+    sample=lambda key, a, y: jax.random.normal(key, a.shape, a.dtype) * (2 / max(1, a.size)) ** 0.5,
 )
 """C = mean over j of (a_j − y_j)²; ∂C/∂a = 2 (a − y) / J, J the number of outputs."""
 

@@ -29,19 +29,33 @@ def recursion(
       backward: ``(weights, contract) -> results``. The weights, ``(batch,)``, are ∂(objective)/∂Cₙ;
         they scale δ^L, once, and with it everything below.
     """
-    check_batch(x, y)
-    a, residuals = model.forward(params, x, key)
+    a, from_outputs = forward_pass(model, loss, params, x, y, key)
     with place(f"{loss.name}:"):
-        loss.check(a, y)
         costs = loss.costs(a, y)
 
     def backward(weights: Array, contract: Tree) -> Tree:
         delta = loss.deltas(a, y)  # BP1
-        delta = jax.tree.map(lambda d: per_example(weights, d), delta)
-        _, results = model.backward(params, residuals, delta, contract)  # BP2–BP4
-        return results
+        return from_outputs(jax.tree.map(lambda d: per_example(weights, d), delta), contract)
 
     return costs, backward
+
+
+def forward_pass(
+    model: Layer, loss: Loss, params: Tree, x: Tree, y: Tree, key: Array | None = None
+) -> tuple[Tree, Callable[[Tree, Tree], Tree]]:
+    """``(a, backward)``: the outputs, and ``backward(delta, contract)`` from any δ^L of theirs."""
+    check_batch(x, y)
+    a, residuals = model.forward(params, x, key)
+    with place(f"{loss.name}:"):
+        loss.check(a, y)
+
+    def backward(delta: Tree, contract: Tree) -> Tree:
+        # One array, not an expression that XLA recomputes into each of its uses: it then happens
+        # to contract the last layer before it goes on, a seventh less temp memory in the end.
+        delta = jax.lax.optimization_barrier(delta)
+        return model.backward(params, residuals, delta, contract)[1]  # BP2–BP4
+
+    return a, backward
 
 
 def check_batch(x: Tree, y: Tree) -> int:
