@@ -17,7 +17,7 @@ from jax import Array, lax
 from .activations import identity
 from .contractions import Contraction, contract_factors, join_results, keep
 from .factors import Sum
-from .layer import Layer, ModelError, described, place
+from .layer import Layer, ModelError, described, place, shapes_of
 
 Tree = Any
 Path = tuple[Any, ...]
@@ -157,19 +157,22 @@ def repeat(layer: Layer, n: int) -> Layer:
     Raises:
       ModelError: where the layer changes its input's shape or dtype.
     """
+    _check_layers("repeat", (layer,))
     if n < 1:
         raise ModelError(f"repeat: takes at least 1 layer, got {n}")
+
+    def check(x: Tree, y: Tree) -> None:
+        if described(y) != described(x):
+            raise ModelError(
+                f"{layer.name}: takes a layer that keeps the shape and dtype of its input, "
+                f"got {described(x)} to {described(y)}"
+            )
 
     def init(key: Array, x: Tree) -> Tree:
         with place("repeat"):
             params = jax.vmap(lambda k: layer.init(k, x))(jax.random.split(key, n))
             one = jax.tree.map(lambda leaf: leaf[0], params)
-            y = output_shape(layer, one, x)
-        if described(y) != described(x):
-            raise ModelError(
-                "repeat: takes a layer that keeps the shape and dtype of its input, "
-                f"got {described(x)} to {described(y)}"
-            )
+            check(shapes_of(x), output_shape(layer, one, x))
         return params
 
     def forward(params: Tree, x: Tree, key: Array | None = None) -> tuple[Tree, Tree]:
@@ -179,6 +182,7 @@ def repeat(layer: Layer, n: int) -> Layer:
         def step(a: Tree, layer_inputs: Tree) -> tuple[Tree, _Shared]:
             p, k = layer_inputs
             y, r = layer.forward(p, a, k)
+            check(a, y)
             return y, _Shared.of(a, y, r)
 
         with place("repeat"):
@@ -275,13 +279,15 @@ def tied(layer: Layer, ties: dict[Path, Path]) -> Layer:
     Parameters are the layer's with ``None`` at each tied place.
 
     Raises:
-      ModelError: at ``init``, where a path leads nowhere or two tied parameters differ in shape.
+      ModelError: where a source is tied itself; at ``init``, where a path leads nowhere or to more
+        than one parameter, or two tied parameters differ in shape.
     """
+    _check_ties(ties)
 
     def init(key: Array, x: Tree) -> Tree:
         params = layer.init(key, x)
         for path, source in ties.items():
-            ours, theirs = (_look_up(params, p) for p in (path, source))
+            ours, theirs = (_look_up_one(params, p) for p in (path, source))
             if described(ours) != described(theirs):
                 raise ModelError(
                     f"tied: takes parameters of equal shapes, got {described(ours)} at {path} "
@@ -295,6 +301,12 @@ def tied(layer: Layer, ties: dict[Path, Path]) -> Layer:
         """``part`` over the tied parameters; its results are its own."""
 
         def fill(params: Tree) -> Tree:
+            for path, source in ties.items():
+                if _look_up(params, path) is not None:
+                    raise ModelError(
+                        f"tied: takes None at {path}, whose parameter is at {source}, got "
+                        f"{described(_look_up(params, path))}; are they another model's?"
+                    )
             for path, source in ties.items():
                 params = _put(params, path, _look_up(params, source))
             return params
@@ -387,8 +399,8 @@ def _check_layers(name: str, layers: tuple[Layer, ...]) -> None:
 
 
 def _check_parts(name: str, layers: tuple[Layer, ...], params: Tree) -> None:
-    if not isinstance(params, (tuple, list)) or len(params) != len(layers):
-        given = f"{len(params)}" if isinstance(params, (tuple, list)) else f"{type(params)}"
+    if not isinstance(params, tuple) or len(params) != len(layers):
+        given = f"{len(params)} entries" if isinstance(params, tuple) else type(params).__name__
         raise ModelError(
             f"{name}: takes parameters as a tuple with one entry for each of its "
             f"{len(layers)} layers, got {given}; are they another model's?"
@@ -403,9 +415,34 @@ def _check_stack(n: int, params: Tree) -> None:
             )
 
 
+def _check_ties(ties: dict[Path, Path]) -> None:
+    for path, source in ties.items():
+        if not (isinstance(path, tuple) and isinstance(source, tuple)):
+            raise ModelError(
+                f"tied: takes paths as tuples of keys into the parameters, such as (2, 'weight'), "
+                f"got {path!r}: {source!r}"
+            )
+        if source in ties:
+            raise ModelError(
+                f"tied: takes sources that are not tied themselves, got {path} to {source}"
+            )
+
+
+def _look_up_one(params: Tree, path: Path) -> Array:
+    """The one parameter at a path."""
+    found = _look_up(params, path)
+    if not hasattr(found, "shape"):
+        raise ModelError(
+            f"tied: takes paths to single parameters, got {path}, which leads to {described(found)}"
+        )
+    return found
+
+
 def _look_up(tree: Tree, path: Path) -> Tree:
     for depth, key in enumerate(path):
         try:
+            if hasattr(tree, "shape"):
+                raise KeyError("a path ends at a parameter")
             tree = tree[key]
         except (KeyError, IndexError, TypeError):
             raise ModelError(
@@ -423,4 +460,6 @@ def _put(tree: Tree, path: Path, value: Tree) -> Tree:
     new = _put(tree[key], tuple(rest), value)
     if isinstance(tree, dict):
         return {**tree, key: new}
-    return (*tree[:key], new, *tree[key + 1 :])
+    entries = list(tree)
+    entries[key] = new
+    return tuple(entries)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from .factors import Outer, Summed, accumulator
-from .layer import Layer, ModelError, described, rule
+from .layer import Layer, ModelError, check_array, described, rule
 
 Tree = Any
 Initializer = Callable[..., Array]
@@ -50,6 +50,8 @@ def dense(
       ModelError: if the input is not floating-point, has no feature axis, or does not have the
         number of features that the weight takes; if the parameters are not a dense layer's.
     """
+    if features < 1:
+        raise ModelError(f"dense: takes at least 1 unit, got {features}")
     names = ("weight", "bias") if bias else ("weight",)
 
     def init(key: Array, x: Array) -> Tree:
@@ -77,6 +79,7 @@ def dense(
 
 
 def _check_input(a: Array) -> None:
+    check_array(a)
     if not jnp.issubdtype(a.dtype, jnp.floating):
         raise ModelError(f"takes floating-point numbers, got {described(a)}")
     if a.ndim == 0:
@@ -87,11 +90,14 @@ def _check_params(params: Tree, names: tuple[str, ...], features: int, a: Array)
     if not isinstance(params, dict) or set(params) != set(names):
         given = sorted(params) if isinstance(params, dict) else type(params).__name__
         raise ModelError(f"takes parameters {list(names)}, got {given}; are they another model's?")
-    W = params["weight"]
-    if W.shape[0] != features or (len(names) > 1 and params["bias"].shape != (features,)):
+    shapes: list[tuple[int, ...]] = [getattr(params[name], "shape", ()) for name in names]
+    weight, *bias = shapes
+    floating = all(jnp.issubdtype(p.dtype, jnp.floating) for p in jax.tree.leaves(params))
+    fits = len(weight) == 2 and all(shape == (features,) for shape in (weight[:1], *bias))
+    if not (fits and floating):
         raise ModelError(
-            f"takes a weight of ({features}, in) and a bias of ({features},), got "
+            f"takes a weight of ({features}, in) and a bias of ({features},), floating-point, got "
             f"{described(params)}; are they another model's?"
         )
-    if a.shape[-1] != W.shape[1]:
-        raise ModelError(f"takes examples of shape (..., {W.shape[1]}), got {tuple(a.shape)}")
+    if a.shape[-1] != weight[1]:
+        raise ModelError(f"takes examples of shape (..., {weight[1]}), got {tuple(a.shape)}")
