@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import functools
-from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array, lax
+from jax import Array
 
 from .dense import Initializer
-from .factors import Factored, Outer, accumulator, per_example
+from .factors import Rows
 from .layer import Layer, ModelError, described, rule
 
 Tree = Any
@@ -83,63 +81,3 @@ def embedding(
         return None, {"weight": Rows(ids, delta, vocabulary)}
 
     return rule(init, forward, backward, name=name, check=check, positionwise=True)
-
-
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["ids", "v"], meta_fields=["vocabulary"]
-)
-@dataclass(frozen=True)
-class Rows(Factored):
-    """gₙ = Σ_t e_{k_t} v_tᵀ: an outer product whose u is a one-hot row, known by its id k_t.
-
-    ``ids`` is ``(n, *positions)`` and ``v`` ``(n, *positions, i)``; the parameter is
-    ``(vocabulary, i)``. u_t·u'_s is 1 where the ids are the same, so no product ever has the
-    vocabulary as an axis, but for those that are asked for whole.
-    """
-
-    ids: Array
-    v: Array
-    vocabulary: int
-
-    def _positions(self) -> Rows:
-        n, i = self.v.shape[0], self.v.shape[-1]
-        return Rows(self.ids.reshape(n, -1), self.v.reshape(n, -1, i), self.vocabulary)
-
-    def each(self) -> Array:
-        return jax.vmap(lambda f: f.total())(jax.tree.map(lambda leaf: leaf[:, None], self))
-
-    def scaled(self, weights: Array) -> Rows:
-        return Rows(self.ids, per_example(weights, self.v), self.vocabulary)
-
-    def total(self) -> Array:
-        v = self.v.astype(accumulator(self.v))
-        zeros = jnp.zeros((self.vocabulary, v.shape[-1]), v.dtype)
-        return zeros.at[self.ids].add(v, mode="drop", wrap_negative_indices=False)
-
-    def inner(self, other: Factored) -> Array:
-        if not isinstance(other, (Rows, Outer)):
-            return super().inner(other)
-
-        def of_example(pair: tuple[Rows, Factored]) -> Array:
-            f, g = jax.tree.map(lambda leaf: leaf[None], pair)
-            return f.gram(g)[0, 0]
-
-        return lax.map(of_example, (self, other))
-
-    def gram(self, other: Factored) -> Array:
-        if not isinstance(other, (Rows, Outer)):
-            return super().gram(other)
-
-        def row(f: Rows) -> Array:  # Σ_ts (u_t·u'_s)(v_t·v'_s), u_t·u'_s = u'_s at k_t
-            if isinstance(g, Rows):
-                u = (f.ids[:, None, None] == g.ids).astype(f.v.dtype)
-            else:
-                u = jnp.moveaxis(g.u[..., f.ids], -1, 0)
-            return jnp.einsum("tms,ti,msi->m", u, f.v, g.v)
-
-        g = other._positions()
-        return lax.map(row, self._positions())
-
-    def dot(self, v: Array) -> Array:
-        f = self._positions()
-        return jnp.einsum("nti,nti->n", v[f.ids], f.v)

@@ -225,6 +225,8 @@ class Outer(Factored):
         return jnp.matmul(u.T, v, preferred_element_type=accumulator(u, v))
 
     def inner(self, other: Factored) -> Array:
+        if isinstance(other, Rows):
+            return other.inner(self)
         if not isinstance(other, Outer):
             return super().inner(other)
         f = self._positions()
@@ -239,6 +241,8 @@ class Outer(Factored):
         return _map_blocks(_inner_by_definition, pair, o * i)
 
     def gram(self, other: Factored) -> Array:
+        if isinstance(other, Rows):
+            return other.gram(self).T
         if not isinstance(other, Outer):
             return super().gram(other)
         f, g = self._positions(), other._positions()
@@ -280,6 +284,67 @@ def _inner_by_definition(pair: tuple[Outer, ...]) -> Array:
 
 def _einsum(subscripts: str, *arrays: Array) -> Array:
     return jnp.einsum(subscripts, *arrays, preferred_element_type=accumulator(*arrays))
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["ids", "v"], meta_fields=["rows"])
+@dataclass(frozen=True)
+class Rows(Factored):
+    """gₙ = Σ_t e_{k_t} v_tᵀ: an outer product whose u is a one-hot row, known by its id k_t.
+
+    ``ids`` is ``(n, *positions)`` and ``v`` ``(n, *positions, i)``; the parameter is
+    ``(rows, i)``. u_t·u'_s is 1 where the ids are the same and u'_s at k_t where u' is held, so
+    that nothing has the rows as an axis but what is asked for whole.
+    """
+
+    ids: Array
+    v: Array
+    rows: int
+
+    def _positions(self) -> Rows:
+        n, i = self.v.shape[0], self.v.shape[-1]
+        return Rows(self.ids.reshape(n, -1), self.v.reshape(n, -1, i), self.rows)
+
+    def each(self) -> Array:
+        one_each = jax.tree.map(lambda leaf: leaf[:, None], self)
+        return jax.vmap(lambda f: f.total())(one_each)
+
+    def scaled(self, weights: Array) -> Rows:
+        return Rows(self.ids, per_example(weights, self.v), self.rows)
+
+    def total(self) -> Array:
+        zeros = jnp.zeros((self.rows, self.v.shape[-1]), accumulator(self.v))
+        v = self.v.astype(zeros.dtype)
+        return zeros.at[self.ids].add(v, mode="drop", wrap_negative_indices=False)
+
+    def inner(self, other: Factored) -> Array:
+        if not isinstance(other, (Rows, Outer)):
+            return super().inner(other)
+
+        def by_gram(pair: tuple[Rows, Rows | Outer]) -> Array:
+            f, g = pair
+            vv = _einsum("nti,nsi->nts", f.v, g.v)
+            if isinstance(g, Rows):
+                return jnp.where(f.ids[:, :, None] == g.ids[:, None, :], vv, 0).sum((1, 2))
+            uu = jax.vmap(lambda u, ids: u[:, ids])(g.u, f.ids)
+            return _einsum("nst,nts->n", uu, vv)
+
+        f, g = self._positions(), other._positions()
+        return _map_blocks(by_gram, (f, g), f.v.shape[1] * g.v.shape[1])
+
+    def gram(self, other: Factored) -> Array:
+        if not isinstance(other, (Rows, Outer)):
+            return super().gram(other)
+        g = other._positions()
+        m = g.v.shape[0]
+
+        def row(f: Rows) -> Array:
+            return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (m, *leaf.shape)), f).inner(g)
+
+        return lax.map(row, self._positions())
+
+    def dot(self, v: Array) -> Array:
+        f = self._positions()
+        return _einsum("nti,nti->n", v[f.ids], f.v)
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["parts"], meta_fields=[])

@@ -1,0 +1,294 @@
+"""Recurrent layers: backpropagation through time by hand, against autodiff and PyTorch."""
+
+import functools
+import importlib
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import functional_bp as bp
+from functional_bp import contractions
+from functional_bp.recursion import recursion
+
+squared_error = bp.losses.squared_error
+key = jax.random.key(0)
+CELLS = {"rnn": bp.rnn, "lstm": bp.lstm, "gru": bp.gru}
+N, D, H = 3, 3, 4
+
+
+@pytest.fixture(autouse=True)
+def float64_in_short_blocks(monkeypatch):
+    """Blocks of 4 steps, so that the 9 of most tests are several, the last one shorter; and
+    little optimisation, which would take most of the time."""
+    monkeypatch.setattr(importlib.import_module("functional_bp.through_time"), "BLOCK", 4)
+    jax.config.update("jax_disable_most_optimizations", True)
+    with jax.enable_x64(True):
+        yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+def moved(params):
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(key, len(leaves))
+    return tree.unflatten([p + 0.3 * jax.random.normal(k, p.shape) for p, k in zip(leaves, keys)])
+
+
+def normal(seed, *shape):
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+def error(found, wanted):
+    """Largest relative error of a leaf, max|Δ| / max|leaf|; both trees have the same leaves."""
+    pairs = zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True)
+    return max(float(abs(f - w).max() / (abs(w).max() or 1)) for f, w in pairs)
+
+
+def state(cell, seed, *axes):
+    parts = ("h", "c") if cell == "lstm" else ("h",)
+    return {part: normal(seed + i, *axes, H) for i, part in enumerate(parts)}
+
+
+def prove(model, x, tolerance=1e-11):
+    """Costs, gradient and norms against autodiff of the textbook, example by example."""
+    params = moved(model.init(key, jax.tree.map(lambda leaf: leaf[0], x)))
+    y = normal(9, *jax.eval_shape(model.apply, params, x).shape)
+
+    @jax.jit
+    def found(params, x, y):
+        costs, backward = recursion(model.batched, squared_error, params, x, y)
+        ones = jnp.ones_like(costs)
+        return costs, backward(ones, contractions.total), backward(ones, contractions.squared_norm)
+
+    @jax.jit
+    @functools.partial(jax.vmap, in_axes=(None, 0, 0))
+    def wanted(params, x, y):
+        x, y = jax.tree.map(lambda leaf: leaf[None], (x, y))
+        return bp.value_and_grad(model, squared_error, method="autodiff")(params, x, y)
+
+    costs, gradients = wanted(params, x, y)
+    total = jax.tree.map(lambda g: g.sum(0), gradients)
+    squared_norms = jax.tree.map(lambda g: (g**2).sum(range(1, g.ndim)), gradients)
+    assert error(found(params, x, y), (costs, total, squared_norms)) <= tolerance
+
+
+LENGTHS = jnp.array([0, 9, 6])
+
+
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"reverse": True, "truncate": 3, "output": "last", "trained_state": True, "checkpoint": 2},
+    ],
+    ids=lambda options: "-".join(options) or "plain",
+)
+def test_gradient_equals_autodiff(cell, options):
+    """With lengths, over several blocks of time, the last of them shorter than the others."""
+    model = bp.chain(CELLS[cell](H, **options), bp.entry("x"))
+    prove(model, {"x": normal(1, N, 9, D), "length": LENGTHS})
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        bp.rnn(H, activation="relu", truncate=3),
+        bp.chain(bp.lstm(H, checkpoint=True), bp.gru(H, reverse=True)),
+    ],
+    ids=str,
+)
+def test_gradient_without_lengths_equals_autodiff(model):
+    prove(model, normal(1, N, 8, D))
+
+
+def test_gradient_of_one_step_and_one_example_equals_autodiff():
+    prove(bp.chain(bp.gru(H), bp.lstm(H, reverse=True)), normal(1, 1, 1, D))
+
+
+def test_every_contraction_of_two_directions_with_states_and_a_length():
+    """And ∂C/∂x, ∂C/∂(initial state), final states and their δ."""
+    model = bp.bidirectional(bp.lstm(2), bp.gru(2, reverse=True))
+    zeros = jnp.zeros(2)
+    states = ({"h": zeros, "c": zeros}, {"h": zeros})
+    with jax.disable_jit():
+        bp.testing.check_layer(model, {"x": jnp.zeros((3, 2)), "length": 2, "state": states})
+
+
+# ---- PyTorch ----------------------------------------------------------------------------------
+
+ARRAYS = np.load(pathlib.Path(__file__).parent / "reference" / "recurrent.npz")
+
+
+def from_pytorch(kind, arrays, prefix="", suffix=""):
+    """Our parameters from PyTorch's, or our gradients from its."""
+    weight_x, weight_h, bias_x, bias_h = (
+        arrays[f"{prefix}{name}_l0{suffix}"]
+        for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+    )
+    params = {"weight_x": weight_x, "weight_h": weight_h}
+    if prefix:  # the gradient of a sum is that of each term
+        params["bias"] = bias_x
+    else:
+        params["bias"] = bias_x + bias_h
+    if kind == "gru":
+        *_, params["bias_n"] = np.split(bias_h, 3)
+        if not prefix:
+            params["bias"][-len(params["bias_n"]) :] = np.split(bias_x, 3)[-1]
+    return params
+
+
+@pytest.mark.parametrize("kind", ["lstm", "gru"])
+@pytest.mark.parametrize("both_ways", [False, True], ids=["one way", "both ways"])
+def test_outputs_and_gradients_equal_pytorch(kind, both_ways):
+    name = kind + ("_both" if both_ways else "")
+    arrays = {k.split("/")[1]: v for k, v in ARRAYS.items() if k.startswith(f"{name}/")}
+    parts = ("h", "c") if kind == "lstm" else ("h",)
+    suffixes = ("", "_reverse") if both_ways else ("",)
+
+    def states(of):
+        return tuple(
+            {part: arrays[f"{of}_{part}"][i] for part in parts} for i in range(len(suffixes))
+        )
+
+    def parameters(prefix=""):
+        each = tuple(from_pytorch(kind, arrays, prefix, suffix) for suffix in suffixes)
+        return each if both_ways else each[0]
+
+    layer = CELLS[kind](arrays["weight_hh_l0"].shape[1])
+    model = bp.bidirectional(layer) if both_ways else layer
+    x = {"x": jnp.asarray(arrays["x"]), "state": jax.tree.map(jnp.asarray, states("state"))}
+    y, residuals = model.batched.forward(parameters(), x)
+    assert error(y, {"x": arrays["y"], "state": states("final")}) <= 1e-12
+    dy = {"x": arrays["dy"], "state": states("dfinal")}
+    dx, gradient = model.batched.backward(parameters(), residuals, dy, contractions.total)
+    assert error(dx, {"x": arrays["dx"], "state": states("dstate")}) <= 1e-11
+    assert error(gradient, parameters("d_")) <= 1e-11
+
+
+# ---- lengths, states, truncation, deltas ------------------------------------------------------
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_padding_changes_nothing(reverse):
+    """Outputs, gradients and norms of a padded sequence are those of the sequence; not even NaN
+    in the padding is seen."""
+    layer = bp.gru(H, reverse=reverse)
+    model = bp.chain(layer, bp.entry("x"))
+    loss = bp.losses.squared_error
+    x, y = normal(1, N, 6, D), normal(2, N, 6, H)
+    params = moved(model.init(key, {"x": x[0]}))
+    padded = jnp.concatenate([x, jnp.full((N, 3, D), jnp.nan)], 1)
+    padded = {"x": padded, "length": jnp.full(N, 6)}
+    target = jnp.concatenate([y, jnp.zeros((N, 3, H))], 1)
+    for quantity in (bp.value_and_grad, bp.per_example_grad_norms):
+        fn = jax.jit(quantity(model, loss))
+        assert error(fn(params, padded, target), fn(params, {"x": x}, y)) <= 1e-12
+
+
+def test_last_output_is_that_of_the_last_valid_step():
+    x = {"x": normal(1, N, 9, D), "length": LENGTHS}
+    params = bp.lstm(H).init(key, x["x"][0])
+    every = bp.lstm(H).apply(params, x)["x"]
+    last = bp.lstm(H, output="last").apply(params, x)["x"]
+    assert error(last[1:], jnp.stack([every[1, 8], every[2, 5]])) == 0
+    assert not last[0].any()
+
+
+def test_a_stream_in_chunks_carries_its_states():
+    """Two layers over two chunks of 4 give the outputs of 8 steps, and truncation at 4 gives the
+    sum of the chunks' gradients."""
+    model = bp.chain(bp.lstm(H), bp.gru(H))
+    params = moved(model.init(key, jnp.zeros((8, D))))
+    x, dy = normal(1, N, 8, D), normal(2, N, 8, H)
+    states = jax.tree.map(
+        lambda s: jnp.zeros_like(s, shape=(N, H)), (state("lstm", 0), state("gru", 0))
+    )
+    gradients, outputs = [], []
+    for begin in (0, 4):
+        chunk = {"x": x[:, begin : begin + 4], "state": states}
+        y, residuals = model.batched.forward(params, chunk)
+        states = y["state"]
+        d_out = {"x": dy[:, begin : begin + 4], "state": jax.tree.map(jnp.zeros_like, states)}
+        gradients.append(model.batched.backward(params, residuals, d_out, contractions.total)[1])
+        outputs.append(y["x"])
+
+    truncated = bp.chain(bp.lstm(H, truncate=4), bp.gru(H, truncate=4))
+    y, residuals = truncated.batched.forward(params, x)
+    _, gradient = truncated.batched.backward(params, residuals, dy, contractions.total)
+    assert error(jnp.concatenate(outputs, 1), y) <= 1e-12
+    assert error(gradient, jax.tree.map(jnp.add, *gradients)) <= 1e-12
+
+
+def test_deltas_are_those_of_the_states_through_time():
+    """∂C/∂h_t is the gradient of a zero added to h_t, here at the first step alone."""
+    model = bp.rnn(H)
+    x, y = normal(1, N, 5, D), normal(2, N, 5, H)
+    params = moved(model.init(key, x[0]))
+    deltas = bp.deltas(model, squared_error)(params, x, y)
+
+    def cost_of_state(h):
+        after = {"x": x[:, 1:], "state": ({"h": h},)}
+        a = bp.rnn(H).apply(params, after)["x"]
+        return 0.5 * ((a - y[:, 1:]) ** 2).sum() + 0.5 * ((h - y[:, 0]) ** 2).sum()
+
+    assert deltas.shape == (N, 5, H)
+    assert error(deltas[:, 0], jax.grad(cost_of_state)(model.apply(params, x)[:, 0])) <= 1e-12
+
+
+def test_compiled_program_does_not_grow_with_time():
+    def size(steps):
+        model = bp.lstm(H)
+        x = jax.ShapeDtypeStruct((2, steps, D), jnp.float32)
+        params = jax.eval_shape(lambda: model.init(key, jnp.zeros((1, D), jnp.float32)))
+        y = jax.ShapeDtypeStruct((2, steps, H), jnp.float32)
+        return len(jax.jit(bp.grad(model, squared_error)).lower(params, x, y).as_text().split("\n"))
+
+    assert size(40) == size(4000)
+
+
+# ---- bad input --------------------------------------------------------------------------------
+
+X = jnp.zeros((2, 5, D), jnp.float32)
+
+
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        (
+            {"x": X, "length": jnp.array([3, 6])},
+            r"lstm\(4\): length: takes 0 to the 5 steps.* 3 to 6",
+        ),
+        (
+            {"x": X, "length": jnp.array([-1, 5])},
+            r"length: takes 0 to the 5 steps of x, got -1 to 5",
+        ),
+        ({"x": X, "length": jnp.array([1.0, 5])}, r"length: takes one integer for each example"),
+        ({"x": X, "state": ({"h": jnp.zeros((2, 3)), "c": jnp.zeros((2, 3))},)}, "state: takes"),
+        ({"x": X, "state": ({"h": jnp.zeros((2, 4))},)}, r"state: takes .*'c'"),
+        ({"x": X, "lengths": jnp.array([3, 5])}, "x, length and state, got .*lengths"),
+        (X[..., :2], r"lstm\(4\): takes, for examples float32\(5, 2\), parameters"),
+        (X[:, 0], r"takes examples of shape \(time, features\)"),
+        (X[:, :0], "at least one step"),
+        (X.astype(int), "floating-point"),
+    ],
+)
+def test_bad_input_is_named(x, message):
+    model = bp.lstm(4)
+    params = model.init(key, X[0])
+    with pytest.raises(bp.ModelError, match=message):
+        model.apply(params, x)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"output": "first"}, {"truncate": 0}, {"checkpoint": -1}],
+    ids=lambda options: next(iter(options)),
+)
+def test_bad_options_are_named(options):
+    with pytest.raises(ValueError, match=next(iter(options))):
+        bp.gru(4, **options)
+    with pytest.raises(ValueError, match="activation"):
+        bp.rnn(4, activation="sigmoid")
