@@ -140,7 +140,7 @@ class Checkpoints:
 def described_run(state: Tree) -> dict[str, str]:
     """What a run's arrays are: the kinds of its optimiser's states, its key, and each array."""
     key = state["key"]
-    arrays = named({k: v for k, v in state.items() if k != "key"})
+    arrays = named({"params": state["params"]}) | named({"opt_state": state["opt_state"]})
     return {
         "optimizer": ", ".join(_kinds(state["opt_state"])),
         "key": "none" if key is None else str(jax.random.key_data(key).tolist()),
@@ -155,7 +155,7 @@ def _kinds(state: Tree) -> list[str]:
     return name + [kind for part in state for kind in _kinds(part)]
 
 
-def _differences(saved: dict[str, str], run: dict[str, str], most: int = 12) -> str:
+def _differences(saved: dict[str, str], run: dict[str, str], most: int = 24) -> str:
     lines = [
         f"  {name}: it has {saved.get(name, 'none')}, this run has {run.get(name, 'none')}"
         for name in {**run, **saved}
