@@ -10,6 +10,7 @@ kfac-jax: the first factor is A of the input with a 1 appended, the second G.
 """
 
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ LAYERS = (0, 2, 4)
 def inputs():
     random = np.random.default_rng(0)
     arrays = {"x": random.normal(size=(N, SIZES[0])), "y": random.integers(0, SIZES[-1], N)}
-    for i, (fan_in, fan_out) in zip(LAYERS, zip(SIZES, SIZES[1:])):
+    for i, (fan_in, fan_out) in zip(LAYERS, pairwise(SIZES)):
         arrays[f"weight{i}"] = random.normal(size=(fan_out, fan_in)) / fan_in**0.5
         arrays[f"bias{i}"] = 0.1 * random.normal(size=fan_out)
     return arrays
@@ -39,7 +40,7 @@ def by_backpack(given):
             linear.bias.copy_(torch.tensor(given[f"bias{i}"]))
         return linear
 
-    linears = [layer(i, a, b) for i, (a, b) in zip(LAYERS, zip(SIZES, SIZES[1:]))]
+    linears = [layer(i, a, b) for i, (a, b) in zip(LAYERS, pairwise(SIZES))]
     model = extend(
         torch.nn.Sequential(linears[0], torch.nn.Tanh(), linears[1], torch.nn.Tanh(), linears[2])
     )
