@@ -50,9 +50,10 @@ def forward_pass(
         loss.check(a, y)
 
     def backward(delta: Tree, contract: Tree) -> Tree:
-        # One array, not an expression that XLA recomputes into each of its uses: it then happens
-        # to contract the last layer before it goes on, a seventh less temp memory in the end.
-        delta = jax.lax.optimization_barrier(delta)
+        # δ^L as one array: XLA then happens to schedule the last layer's contraction before the
+        # δ below it, which spares one activation at the peak of a wide batch, at no cost in time.
+        # (Between all layers it would cost 2 to 3 %.)
+        delta = jax.lax.optimization_barrier(delta)  # type: ignore[no-untyped-call]
         return model.backward(params, residuals, delta, contract)[1]  # BP2–BP4
 
     return a, backward
