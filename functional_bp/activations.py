@@ -77,6 +77,7 @@ sigmoid = activation(lax.logistic, lambda a: a * (1 - a), name="sigmoid", of_out
 tanh = activation(lax.tanh, lambda a: 1 - a * a, name="tanh", of_output=True)
 """σ(z) = tanh z; σ′ = 1 − a²."""
 
+
 def _relu_forward(params: Tree, z: Array, key: Array | None = None) -> tuple[Array, Array]:
     # A select, not jnp.maximum(z, 0). XLA recomputes an operation on one large array wherever it
     # is read: of a maximum, read again by the way back, it therefore keeps z beside a. A select
