@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 
 from .contractions import (
     Contraction,
@@ -90,12 +90,13 @@ def check_layer(
     proof = _Proof(layer.name, dtype, TOLERANCE[dtype] if tolerance is None else tolerance)
     draw = _Draw(np.random.default_rng(seed), dtype)
     with jax.enable_x64(True), jax.disable_jit():
-        xs = draw.batch_of(x, batch)
-        one = jax.tree.map(lambda leaf: leaf[0], xs)
-        params = draw.moved(layer.init(jax.random.key(seed), one))
+        examples = [draw.example_like(x) for _ in range(batch)]
+        with jax.disable_jit(False):
+            params = layer.init(jax.random.key(seed), examples[0])
+        params = draw.moved(params)
         if not layer.mixes_examples:
-            _prove_one(proof.within("over one example"), draw, layer, params, one, key)
-        _prove_batch(proof.within("over a batch"), draw, layer, params, xs, key)
+            _prove_one(proof.within("over one example"), draw, layer, params, examples[0], key)
+        _prove_batch(proof.within("over a batch"), draw, layer, params, _batch(examples), key)
 
 
 def check_model(
@@ -168,7 +169,8 @@ class _EachOfOne(Contraction):
     additive = True
 
     def __call__(self, factor: Factored) -> Array:
-        return jax.tree.map(lambda array: array[None], factor).each()[0]
+        of_one = jax.tree.map(lambda array: lax.expand_dims(array, (0,)), factor)
+        return lax.squeeze(of_one.each(), (0,))
 
 
 def _prove_batch(
@@ -180,8 +182,8 @@ def _prove_batch(
     def gradients(dy: Tree) -> Tree:
         """gₙ: what comes down when every other example's cotangent is 0."""
         each = []
-        for one in jnp.eye(batch_size(x), dtype=draw.dtype):
-            alone = jax.tree.map(functools.partial(per_example, one), dy)
+        for one in np.eye(batch_size(x)):
+            alone = jax.tree.map(functools.partial(per_example, jnp.asarray(one, draw.dtype)), dy)
             each.append(pullback(_for_vjp(wanted_y, alone))[0])
         return _stacked(each)
 
@@ -290,7 +292,7 @@ def _prove_quantities(
         return jax.vmap(loss.value)(_over_batch(model, key)(params, x), y)
 
     costs, pullback = jax.vjp(costs_of, params)
-    g = _stacked([pullback(one)[0] for one in jnp.eye(len(costs), dtype=costs.dtype)])
+    g = _stacked([pullback(jnp.asarray(one, costs.dtype))[0] for one in np.eye(len(costs))])
     norms = np.sqrt(sum(map(_squared_norm, jax.tree.leaves(g)), np.zeros(len(costs))))
     bound = float(norms.min() + norms.max()) / 2 or 1.0
     weights = draw.weights(len(costs))
@@ -363,6 +365,10 @@ def _float64(leaf: Any) -> np.ndarray:
     return np.asarray(leaf).astype(np.float64)
 
 
+def _batch(examples: list[Tree]) -> Tree:
+    return jax.tree.map(lambda *leaves: jnp.asarray(np.stack(leaves)), *examples)
+
+
 def _stacked(gradients: list[Tree]) -> Tree:
     return jax.tree.map(lambda *leaves: np.stack([_float64(leaf) for leaf in leaves]), *gradients)
 
@@ -382,30 +388,35 @@ class _Draw:
         weights = self.random.uniform(0.5, 2, n)
         return jnp.asarray(np.where(np.arange(n) == 1, 0, weights), self.dtype)
 
-    def batch_of(self, x: Tree, n: int) -> Tree:
-        """A batch of examples like ``x``: floats drawn, integers as they are."""
+    def example_like(self, x: Tree) -> Tree:
+        """An example: floats drawn, integers as they are, 0 where x has only shapes."""
 
-        def leaves(leaf: Any) -> Array:
+        def leaf_like(leaf: Any) -> Array:
             if not hasattr(leaf, "dtype"):
                 leaf = np.asarray(leaf)
             if _is_float(leaf):
-                return self.normal((n, *leaf.shape))
+                return self.normal(leaf.shape)
             if isinstance(leaf, jax.ShapeDtypeStruct):
                 leaf = np.zeros(leaf.shape, leaf.dtype)
-            return jnp.broadcast_to(leaf, (n, *leaf.shape))
+            return jnp.asarray(leaf)
 
-        return jax.tree.map(leaves, x)
+        return jax.tree.map(leaf_like, x)
 
     def cast(self, tree: Tree) -> Tree:
-        def leaf(leaf: Any) -> Array:
-            leaf = jnp.asarray(leaf)
-            return leaf.astype(self.dtype) if _is_float(leaf) else leaf
+        """The tree with its floats in the dtype of the proof."""
 
-        return jax.tree.map(leaf, tree)
+        def cast(leaf: Any) -> Array:
+            return jnp.asarray(_float64(leaf), self.dtype) if _is_float(leaf) else jnp.asarray(leaf)
+
+        return jax.tree.map(cast, tree)
 
     def moved(self, params: Tree) -> Tree:
         """The parameters with noise added, so that none is 0."""
-        return jax.tree.map(lambda p: p + 0.2 * self.normal(p.shape), self.cast(params))
+
+        def moved(p: Array) -> Array:
+            return jnp.asarray(_float64(p) + 0.2 * self.random.normal(size=p.shape), self.dtype)
+
+        return jax.tree.map(moved, params)
 
     def cotangent(self, y: Tree) -> Tree:
         """A random δ for floating-point outputs, None for others."""
