@@ -1,0 +1,229 @@
+"""Per-example gradients, norms and clipping equal their definitions by ``vmap(jax.grad)``."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from definitions import (
+    MODELS,
+    WEIGHTS,
+    N,
+    case,
+    check_equal,
+    compiled,
+    each_grad,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import functional_bp as bp
+
+
+@pytest.fixture(autouse=True)
+def _float64():
+    with jax.enable_x64(True):
+        yield
+
+
+def norms_of(each, stacked):
+    """‖gₙ‖ by parameter, those in a ``repeat`` by layer; ``stacked`` says how many axes are."""
+
+    def norm(g, axes):
+        return jnp.sqrt((g**2).sum(range(1 + axes, g.ndim)))
+
+    return jax.tree.map(norm, each, stacked)
+
+
+def together(norms):
+    """One norm over the leaves of a tree, and over the layers of a stack."""
+    return jnp.sqrt(sum((n.reshape(n.shape[0], -1) ** 2).sum(1) for n in jax.tree.leaves(norms)))
+
+
+def stack_axes(name, params):
+    """How many axes of layers each parameter has."""
+    axes = {"nested repeat": (2, 0), "tied stacks": (1, 1)}.get(name, (0,) * len(params))
+    return tuple(jax.tree.map(lambda _, n=n: n, p) for n, p in zip(axes, params))
+
+
+@pytest.mark.parametrize(
+    "name, microbatch", [*((name, None) for name in MODELS), ("tied stacks", 4)]
+)
+def test_gradients_norms_and_clipping_equal_their_definitions(name, microbatch):
+    model, loss, *data = case(name)
+    weights, bound = jnp.array(WEIGHTS), 0.3
+    axes = stack_axes(name, data[0])
+
+    def ours(params, x, y):
+        def clipped(**options):
+            fn = bp.clipped_grad(model, loss, bound, has_aux=True, microbatch=microbatch, **options)
+            return fn(params, x, y, weights=weights)
+
+        def norms(per):
+            return bp.per_example_grad_norms(model, loss, per=per, microbatch=microbatch)
+
+        gradient, seen = clipped()
+        return {
+            "each": bp.per_example_grads(model, loss, microbatch=microbatch)(params, x, y),
+            "norms": norms("model")(params, x, y),
+            "norms per parameter": norms("parameter")(params, x, y),
+            "clipped": gradient,
+            "clipped, one recursion": clipped(recursions=1)[0],
+            "clipped per parameter": clipped(per="parameter")[0],
+            "loss": seen.loss,
+            "norms seen": seen.norms,
+        }
+
+    def wanted(params, x, y):
+        each = each_grad(model, loss, params, x, y)
+        by_parameter = norms_of(each, axes)
+        norms = together(by_parameter)
+        groups = sum(n[0].size for n in jax.tree.leaves(by_parameter))
+
+        def total(g, norm, bound):
+            scale = weights.reshape(-1, *(1,) * (norm.ndim - 1)) * jnp.minimum(1, bound / norm)
+            return (scale.reshape(*scale.shape, *(1,) * (g.ndim - scale.ndim)) * g).sum(0) / N
+
+        clipped = jax.tree.map(lambda g: total(g, norms, bound), each)
+        costs = jax.vmap(lambda a, y: loss.value(a, y))(model.apply(params, x), y)
+        return {
+            "each": each,
+            "norms": norms,
+            "norms per parameter": by_parameter,
+            "clipped": clipped,
+            "clipped, one recursion": clipped,
+            "clipped per parameter": jax.tree.map(
+                lambda g, n: total(g, n, bound / groups**0.5), each, by_parameter
+            ),
+            "loss": jnp.average(costs, weights=weights),
+            "norms seen": norms,
+        }
+
+    check_equal(compiled(ours, *data), compiled(wanted, *data))
+
+
+def test_a_layers_norm_is_that_of_its_parameters_together():
+    model, loss, *data = case("nested repeat")
+    by_layer, by_parameter = compiled(
+        lambda *data: tuple(
+            bp.per_example_grad_norms(model, loss, per=per)(*data) for per in ("layer", "parameter")
+        ),
+        *data,
+    )
+    stack = by_parameter[0][0][0]
+    np.testing.assert_allclose(by_layer[0][0][0], np.hypot(stack["weight"], stack["bias"]))
+    assert by_layer[0][0][0].shape == (N, 2, 2)
+    np.testing.assert_allclose(by_layer[1], np.hypot(*by_parameter[1].values()))
+
+
+@pytest.mark.parametrize("options", [{}, {"recursions": 1}, {"per": "layer"}, {"microbatch": 2}])
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
+def test_an_example_that_is_not_finite_adds_nothing_and_is_reported(options, bad):
+    model, loss, params, x, y = case("mixed")
+    bp_clipped = bp.clipped_grad(model, loss, 0.3, has_aux=True, **options)
+    spoiled = x.at[1].set(bad).at[4, 0].set(bad)
+    present = jnp.ones(N).at[jnp.array([1, 4])].set(0)
+    whole, spoilt, none = compiled(
+        lambda: (
+            bp_clipped(params, x, y, weights=present),
+            bp_clipped(params, spoiled, y),
+            bp_clipped(params, x * bad, y),
+        )
+    )
+    check_equal({"g": spoilt[0], "loss": spoilt[1].loss}, {"g": whole[0], "loss": whole[1].loss})
+    for norms in jax.tree.leaves(spoilt[1].norms):
+        np.testing.assert_array_equal(jnp.isfinite(norms), present == 1)
+    assert all(not g.any() for g in jax.tree.leaves(none[0]))
+    assert none[1].loss == 0
+
+
+def test_an_example_without_gradient_is_exact():
+    """At ‖gₙ‖ = 0 the clipping weight is 1, not 0/0."""
+    model, loss, params, x, _ = case("positions")
+    y = model.apply(params, x).at[1:].add(1)
+    gradient, seen = compiled(bp.clipped_grad(model, loss, 1e9, has_aux=True), params, x, y)
+    wanted = compiled(bp.grad(model, loss), params, x, y)
+    assert seen.norms[0] == 0
+    check_equal({"g": gradient}, {"g": wanted})
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    n=st.integers(1, 5),
+    positions=st.lists(st.integers(1, 3), max_size=2),
+    features=st.tuples(st.integers(1, 4), st.integers(1, 9), st.integers(1, 3)),
+    microbatch=st.none() | st.integers(1, 6),
+)
+def test_quantities_of_any_shape_equal_their_definitions(n, positions, features, microbatch):
+    fan_in, hidden, out = features
+    model, loss = bp.chain(bp.dense(hidden), bp.tanh, bp.dense(out)), bp.losses.squared_error
+    random = np.random.default_rng(n)
+
+    def ours(key, x, y):
+        params = model.init(key, x[0])
+        of = {"microbatch": microbatch}
+        return params, {
+            "norms": bp.per_example_grad_norms(model, loss, **of)(params, x, y),
+            "second moment": bp.grad_second_moment(model, loss, **of)(params, x, y),
+            "Gram": bp.grad_gram(model, loss, **of)(params, x, y),
+        }
+
+    def wanted(params, x, y):
+        each = each_grad(model, loss, params, x, y)
+        flat = jnp.concatenate([g.reshape(n, -1) for g in jax.tree.leaves(each)], 1)
+        return {
+            "norms": jnp.linalg.norm(flat, axis=1),
+            "second moment": jax.tree.map(lambda g: (g**2).mean(0), each),
+            "Gram": flat @ flat.T,
+        }
+
+    x = random.normal(size=(n, *positions, fan_in))
+    y = random.normal(size=(n, *positions, out))
+    params, given_ = compiled(ours, jax.random.key(0), x, y)
+    check_equal(given_, compiled(wanted, params, x, y))
+
+
+@pytest.mark.parametrize("method", ["manual", "autodiff"])
+@pytest.mark.parametrize("microbatch", [1, 4, 5, 9])
+def test_a_gradient_does_not_depend_on_microbatches(microbatch, method):
+    model, loss, *data = case("mixed")
+
+    def both(*data):
+        w = jnp.array(WEIGHTS)
+        split = bp.value_and_grad(model, loss, method=method, microbatch=microbatch)
+        return split(*data, weights=w), bp.value_and_grad(model, loss)(*data, weights=w)
+
+    split, whole = compiled(both, *data)
+    check_equal({"both": split}, {"both": whole})
+
+
+def test_memory_does_not_grow_with_the_batch_under_microbatches():
+    model, loss = bp.chain(bp.dense(64), bp.tanh, bp.dense(3)), bp.losses.squared_error
+
+    def temporary(n, microbatch):
+        params = jax.eval_shape(lambda x: model.init(jax.random.key(0), x), jnp.zeros(8))
+        fn = jax.jit(bp.grad(model, loss, microbatch=microbatch))
+        x, y = (jax.ShapeDtypeStruct((n, d), float) for d in (8, 3))
+        return fn.lower(params, x, y).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporary(4096, 16) < 1.2 * temporary(64, 16) + 8 * 4096
+    assert temporary(4096, 16) < temporary(4096, None) / 20
+
+
+@pytest.mark.parametrize("size", [0, -1, 2.5, True, "4"])
+def test_a_microbatch_that_is_no_number_of_examples_is_named(size):
+    with pytest.raises(ValueError, match="microbatch: takes a whole number"):
+        bp.grad(*case("mixed")[:2], microbatch=size)
+
+
+def test_class_ids_out_of_range_are_named_under_microbatches_too():
+    model, loss, params, x, y = case("mixed")
+    with pytest.raises(bp.ModelError, match="takes class ids from 0 to 2, got 0 to 7"):
+        bp.grad(model, loss, microbatch=4)(params, x, jnp.zeros_like(y).at[2].set(7))
+
+
+@pytest.mark.parametrize(
+    "options", [{"max_norm": 0}, {"max_norm": jnp.nan}, {"per": "tree"}, {"recursions": 3}]
+)
+def test_options_out_of_range_are_named(options):
+    with pytest.raises(ValueError, match=next(iter(options))):
+        bp.clipped_grad(*case("mixed")[:2], **{"max_norm": 1.0} | options)
