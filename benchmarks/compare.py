@@ -100,7 +100,7 @@ def compare(
             skipped.append(f"{row.title}: {candidate.name} skipped, {error}")
     if not present or present[0][0] is not row.candidates[0]:
         return [], skipped
-    compiled = _compiled(present, budget / 4)
+    compiled = _compiled(present, budget / 4 if row.run else 2 * budget)
     ready = [
         (candidate, program or function, arguments)
         for (candidate, function, arguments), (program, *_) in zip(present, compiled)

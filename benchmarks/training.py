@@ -1,4 +1,4 @@
-"""Training digits for an epoch
+"""Training digits
 
 scikit-learn's handwritten digits, 64-256-128-10, relu, Adam, batches of 32. The bare loop is the
 compiled step over the same batches and nothing else.
@@ -28,29 +28,32 @@ optimizer = optax.adam(1e-3)
 
 
 def rows() -> Iterable[Row]:
-    yield Row(
-        "an epoch of digits",
-        [
-            Candidate("ours: bp.fit", lambda: (by_fit, _inputs()), jit=False),
-            Candidate("a bare loop of the compiled step", _bare_loop, jit=False),
-        ],
-    )
+    for epochs in (1, 10):
+        yield Row(
+            f"{epochs} epoch{'s' * (epochs > 1)} of digits",
+            [
+                Candidate("ours: bp.fit", lambda n=epochs: (by_fit, _inputs(n)), jit=False),
+                Candidate(
+                    "a bare loop of the compiled step", lambda n=epochs: _bare_loop(n), jit=False
+                ),
+            ],
+        )
 
 
-def _inputs() -> tuple[Tree, Any]:
+def _inputs(epochs: int) -> tuple[Tree, Any, int]:
     from sklearn.datasets import load_digits
 
     x, y = load_digits(return_X_y=True)
     whole = len(x) // BATCH * BATCH
     x, y = (x[:whole] / 16).astype(np.float32), y[:whole].astype(np.int32)
-    return model.init(jax.random.key(0), x[0]), bp.minibatches(x, y, BATCH, seed=0)
+    return model.init(jax.random.key(0), x[0]), bp.minibatches(x, y, BATCH, seed=0), epochs
 
 
-def by_fit(params: Tree, batches: Any) -> Tree:
-    return bp.fit(model, loss, params, batches, optimizer, epochs=1).params
+def by_fit(params: Tree, batches: Any, epochs: int) -> Tree:
+    return bp.fit(model, loss, params, batches, optimizer, epochs=epochs).params
 
 
-def _bare_loop() -> tuple[Any, tuple[Tree, Any]]:
+def _bare_loop(epochs: int) -> tuple[Any, tuple[Tree, Any, int]]:
     step_gradient = bp.value_and_grad(model, loss)
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
@@ -59,11 +62,12 @@ def _bare_loop() -> tuple[Any, tuple[Tree, Any]]:
         updates, state = optimizer.update(gradient, state, params)
         return optax.apply_updates(params, updates), state, cost
 
-    def loop(params: Tree, batches: Any) -> Tree:
+    def loop(params: Tree, batches: Any, epochs: int) -> Tree:
         params = jax.tree.map(jnp.copy, params)
         state = optimizer.init(params)
-        for x, y in batches(0):
-            params, state, _ = step(params, state, x, y)
+        for epoch in range(epochs):
+            for x, y in batches(epoch):
+                params, state, _ = step(params, state, x, y)
         return params
 
-    return loop, _inputs()
+    return loop, _inputs(epochs)
