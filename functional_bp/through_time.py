@@ -40,7 +40,9 @@ from .layer import Layer, ModelError, described, one_of, place
 Tree = Any
 State = dict[str, Array]
 
-BLOCK = 32  # steps whose products are made together, where no checkpoints are asked for
+ROWS = 512
+"""Examples × steps whose products are made together: enough for a matrix product to run at its
+speed, few enough for a block to stay in the cache and to be small beside what all steps save."""
 
 
 @dataclass(frozen=True)
@@ -402,9 +404,12 @@ class _ThroughTime:
         return _output(x, y, final)
 
     def _blocks(self, inputs: Tree) -> _Blocks:
-        steps = inputs["x"].shape[1]
-        k = math.ceil(math.sqrt(steps)) if self.checkpoint is True else self.checkpoint or BLOCK
-        return _Blocks(steps, min(steps, k), self.reverse)
+        examples, steps = inputs["x"].shape[:2]
+        if self.checkpoint is True:
+            size = math.ceil(math.sqrt(steps))
+        else:
+            size = self.checkpoint or _block_size(examples, steps)
+        return _Blocks(steps, min(steps, size), self.reverse)
 
     def _masks(self, inputs: Tree, start: Array | int, size: int) -> tuple[Tree, Tree]:
         """Where a block's steps are valid, and where δ passes to the step before them; both
@@ -463,6 +468,15 @@ class _ThroughTime:
         if "state" in inputs:
             _check_state(self.cell, one["state"])
         return inputs
+
+
+def _block_size(examples: int, steps: int) -> int:
+    """The steps of a block: all of them if they are few, else 8 to 40 with about ``ROWS`` rows;
+    if possible all blocks are of one size."""
+    if examples * steps <= ROWS:
+        return steps
+    least = min(20, max(8, ROWS // examples))
+    return next((size for size in range(least, 2 * least) if steps % size == 0), least)
 
 
 def _output(x: Tree, y: Array, final: State) -> Tree:

@@ -23,7 +23,9 @@ N, D, H = 3, 3, 4
 def float64_in_short_blocks(monkeypatch):
     """Blocks of 4 steps, so that the 9 of most tests are several, the last one shorter; and
     little optimisation, which would take most of the time."""
-    monkeypatch.setattr(importlib.import_module("functional_bp.through_time"), "BLOCK", 4)
+    monkeypatch.setattr(
+        importlib.import_module("functional_bp.through_time"), "_block_size", lambda *_: 4
+    )
     jax.config.update("jax_disable_most_optimizations", True)
     with jax.enable_x64(True):
         yield
