@@ -1,0 +1,136 @@
+"""What does not fit is named: the layer by its place, what was given, what is taken."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import functional_bp as bp
+
+KEY = jax.random.key(0)
+MODEL = bp.chain(bp.dense(4), bp.relu, bp.residual(bp.chain(bp.dense(4), bp.tanh)), bp.dense(3))
+LOSS = bp.losses.softmax_cross_entropy
+X = np.ones((5, 6), np.float32)
+Y = np.array([0, 1, 2, 0, 1])
+PARAMS = MODEL.init(KEY, X[0])
+
+
+def grad(params=PARAMS, x=X, y=Y, model=MODEL, loss=LOSS, **options):
+    return bp.grad(model, loss)(params, x, y, **options)
+
+
+OTHER = bp.chain(bp.dense(4), bp.dense(3)).init(KEY, X[0])
+WIDER = (bp.dense(8).init(KEY, X[0]), *PARAMS[1:])
+PLACED = {
+    "a wrong feature count": (lambda: grad(x=X[:, :2]), r"chain\[0\] dense\(4\):.*6.*\(2,\)"),
+    "integers for numbers": (lambda: grad(x=X.astype(int)), r"chain\[0\] dense\(4\):.*int"),
+    "examples without axes": (lambda: grad(x=X[:, 0]), r"chain\[0\] dense\(4\):"),
+    "parameters of a shorter chain": (lambda: grad(OTHER), r"chain: .*4 layers.*got 2"),
+    "parameters of a wider layer": (lambda: grad(WIDER), r"chain\[0\] dense\(4\):.*another model"),
+    "no parameters": (lambda: grad(((),) * 4), r"chain\[0\] dense\(4\):.*weight.*another model"),
+    "a missing bias": (
+        lambda: grad(({"weight": PARAMS[0]["weight"]}, *PARAMS[1:])),
+        r"chain\[0\] dense\(4\):.*bias",
+    ),
+    "a layer deep inside": (
+        lambda: grad((*PARAMS[:2], ((OTHER[0], ()), ()), PARAMS[3])),
+        r"chain\[2\] .*\[0\] chain\[0\] dense\(4\):",
+    ),
+    "a shortcut of another shape": (
+        lambda: bp.chain(bp.relu, bp.residual(bp.dense(4))).init(KEY, X[0]),
+        r"chain\[1\] residual:.*\(4,\).*\(6,\)",
+    ),
+    "a repeated layer that changes its input": (
+        lambda: bp.chain(bp.repeat(bp.dense(4), 3)).init(KEY, X[0]),
+        r"chain\[0\] repeat.*\(6,\).*\(4,\)",
+    ),
+    "a target with features": (lambda: grad(y=X), r"softmax_cross_entropy:.*\(3,\).*\(6,\)"),
+    "class ids as floats": (lambda: grad(y=Y.astype(float)), r"softmax_cross_entropy:.*integers"),
+    "class ids out of range": (lambda: grad(y=Y + 7), r"softmax_cross_entropy:.*0 to 2.*7 to 9"),
+    "negative class ids": (lambda: grad(y=Y - 1), r"softmax_cross_entropy:.*-1"),
+    "a target of another length": (
+        lambda: grad(y=X, loss=bp.losses.squared_error),
+        r"squared_error:.*\(3,\).*\(6,\)",
+    ),
+    "more examples than targets": (lambda: grad(y=Y[:2]), r"x and y:.*5 examples.*2 targets"),
+    "an empty batch": (lambda: grad(x=X[:0], y=Y[:0]), r"x:.*at least one example"),
+    "weights of another length": (lambda: grad(weights=np.ones(2)), r"weights:.*\(5,\).*\(2,\)"),
+    "an odd number of gated features": (
+        lambda: bp.chain(bp.dense(3), bp.glu).init(KEY, X[0]),
+        r"chain\[1\] glu:.*even.*3",
+    ),
+    "factors that are not factored": (
+        lambda: bp.testing.check_layer(
+            bp.rule(
+                lambda key, x: {"w": jnp.ones(3)},
+                lambda p, x, key=None: (p["w"] * x, x),
+                lambda p, x, dy: (p["w"] * dy, {"w": x * dy}),
+                name="mine",
+            ),
+            jnp.ones(3),
+        ),
+        r"mine:.*factored",
+    ),
+    "a tie to nowhere": (
+        lambda: bp.tied(MODEL, {(0, "weight"): (9, "weight")}).init(KEY, X[0]),
+        r"tied:.*9",
+    ),
+    "a tie of unequal shapes": (
+        lambda: bp.tied(MODEL, {(3, "weight"): (0, "weight")}).init(KEY, X[0]),
+        r"tied:.*\(3, 4\).*\(4, 6\)",
+    ),
+    "frozen layers of another model": (
+        lambda: bp.grad(MODEL, LOSS, frozen=(True, False))(PARAMS, X, Y),
+        r"frozen:",
+    ),
+}
+
+
+@pytest.mark.parametrize("given", PLACED)
+def test_what_does_not_fit_is_named_with_its_place(given):
+    call, message = PLACED[given]
+    with pytest.raises(bp.ModelError, match=f"(?s)^{message}"):
+        call()
+
+
+@pytest.mark.parametrize("given", ["a wrong feature count", "parameters of a shorter chain"])
+def test_it_is_named_inside_jit_and_by_autodiff_too(given):
+    bad = {"a wrong feature count": (PARAMS, X[:, :2]), "parameters of a shorter chain": (OTHER, X)}
+    for method in ("manual", "autodiff"):
+        with pytest.raises(bp.ModelError, match=f"(?s)^{PLACED[given][1]}"):
+            jax.jit(bp.grad(MODEL, LOSS, method=method))(*bad[given], Y)
+
+
+ARGUMENTS = {
+    "method": lambda: bp.grad(MODEL, LOSS, method="magic"),
+    "max_norm": lambda: bp.clipped_grad(MODEL, LOSS, 0.0),
+    "rate": lambda: bp.dropout(1.0),
+    "threshold": lambda: bp.losses.huber(0.0),
+    "smoothing": lambda: bp.losses.smoothed_softmax_cross_entropy(1.5),
+    "microbatch": lambda: bp.grad(MODEL, LOSS, microbatch=0),
+}
+
+
+@pytest.mark.parametrize("argument", ARGUMENTS)
+def test_an_argument_out_of_range_is_named(argument):
+    with pytest.raises(ValueError, match=argument):
+        ARGUMENTS[argument]()
+
+
+@pytest.mark.parametrize("max_norm", [0.0, -1.0, float("nan")])
+def test_a_bound_that_is_not_above_zero_is_refused(max_norm):
+    with pytest.raises(ValueError, match="max_norm: takes a number above 0"):
+        bp.clipped_grad(MODEL, LOSS, max_norm)
+
+
+def test_an_error_inside_a_users_rule_says_where_it_was():
+    broken = bp.rule(
+        lambda key, x: (),
+        lambda params, x, key=None: (x @ jnp.ones((99, 1)), x),
+        lambda params, x, dy: (dy, ()),
+        name="broken",
+    )
+    with pytest.raises(TypeError) as raised:
+        bp.chain(bp.relu, broken).apply(((), ()), X)
+    assert [note for note in raised.value.__notes__ if "broken" in note]
+    assert [note for note in raised.value.__notes__ if "chain[1]" in note]
