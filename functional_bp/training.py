@@ -20,7 +20,6 @@ from jax import Array
 
 from .batches import Batch, Batches, Padded, each_epoch
 from .checkpoint import Checkpoints, Position, described_run
-from .combinators import output_shape
 from .freezing import Frozen, frozen_leaves, merged, trainable
 from .gradients import value_and_grad
 from .layer import Layer, ModelError, place
@@ -391,7 +390,13 @@ def _copied(tree: Tree) -> Tree:
     return jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), tree)
 
 
-# The two compiled functions are kept, so that a second run of the same model does not compile.
+# These functions are kept, so that a second run of the same model does not compile or trace.
+
+
+@functools.lru_cache(maxsize=32)
+def _applied(model: Layer) -> Any:
+    """``model.apply``, to be traced and never run."""
+    return jax.jit(model.apply)
 
 
 @functools.lru_cache(maxsize=32)
@@ -465,7 +470,7 @@ def _target_check(model: Layer, loss: Loss, params: Tree) -> Callable[[Tree, Tre
     def check(x: Tree, y: Tree) -> None:
         shapes = tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(x))
         if shapes not in outputs:
-            outputs[shapes] = output_shape(model.batched, params, x)
+            outputs[shapes] = _applied(model).eval_shape(params, x)
         elif any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(y)):
             return
         with place(f"{loss.name}:"):
