@@ -1,0 +1,429 @@
+"""The proof itself: it catches every fault planted in a rule, a combinator, a class of factors, a
+loss or a quantity, and says where."""
+
+import dataclasses
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from layers import ACTIVATIONS, COMBINED, LAYERS, LOSSES, RULES, VECTOR
+
+import functional_bp as bp
+from functional_bp.contractions import contract_factors, keep
+from functional_bp.factors import Factored, Itself, Outer, Stacked, Sum, Summed
+from functional_bp.testing import check_layer, check_model
+
+# ---- faults in rules --------------------------------------------------------------------------
+
+
+def planted(layer, fault, forms=("one", "batch")):
+    """The layer with a wrong ``backward``: ``fault(backward)``, up to the contraction."""
+
+    def wrong(form):
+        faulty = fault(form.backward)
+
+        def backward(params, residuals, dy, contract=keep):
+            dx, factors = faulty(params, residuals, dy)
+            return dx, contract_factors(contract, factors)
+
+        return dataclasses.replace(form, backward=backward)
+
+    one = wrong(layer) if "one" in forms else layer
+    batched = wrong(layer.batched) if "batch" in forms else layer.batched
+    return dataclasses.replace(one, lift=lambda: batched)
+
+
+def of_input(change):
+    """A fault that changes ∂C/∂x."""
+
+    def fault(backward):
+        def faulty(params, residuals, dy):
+            dx, factors = backward(params, residuals, dy)
+            return change(dx), factors
+
+        return faulty
+
+    return fault
+
+
+def of_factor(name, change):
+    """A fault that changes one parameter's factors."""
+
+    def fault(backward):
+        def faulty(params, residuals, dy):
+            dx, factors = backward(params, residuals, dy)
+            return dx, {**factors, name: change(factors[name])}
+
+        return faulty
+
+    return fault
+
+
+def first_array(change):
+    def changed(factor):
+        leaves, structure = jax.tree.flatten(factor)
+        return jax.tree.unflatten(structure, [change(leaves[0]), *leaves[1:]])
+
+    return changed
+
+
+def parameters(layer, x):
+    return jax.eval_shape(layer.init, jax.random.key(0), x)
+
+
+FAULTS = {
+    **{
+        f"{name}: {what} ∂C/∂x": (name, of_input(change))
+        for name in RULES
+        for what, change in {"negative": jnp.negative, "no": jnp.zeros_like}.items()
+    },
+    **{
+        f"{name}: {what} ∂C/∂{p}": (name, of_factor(p, first_array(change)))
+        for name, (layer, x) in RULES.items()
+        for p in parameters(layer, x)
+        for what, change in {"negative": jnp.negative, "half of": lambda a: a / 2}.items()
+    },
+    **{
+        f"{name}: no σ′": (name, lambda backward: lambda params, residuals, da: (da, ()))
+        for name, layer in ACTIVATIONS.items()
+        if not name.endswith("glu")
+    },
+    **{
+        f"{name}: the gate's gradient for the other's": (
+            name,
+            of_input(lambda dz: jnp.roll(dz, dz.shape[-1] // 2, -1)),
+        )
+        for name in ("glu", "reglu", "geglu", "swiglu")
+    },
+    "flatten: numbers in the wrong order": ("flatten", of_input(lambda dx: dx[..., ::-1])),
+    "dense: W for Wᵀ": (
+        "dense",
+        lambda backward: (
+            lambda params, a, delta: backward({**params, "weight": params["weight"].T}, a, delta)
+        ),
+    ),
+    "dense: a δᵀ for δ aᵀ": ("dense", of_factor("weight", lambda f: Outer(f.v, f.u))),
+    "dense: one position's weight gradient": (
+        "dense at positions",
+        of_factor("weight", lambda f: Outer(f.u[..., :1, :], f.v[..., :1, :])),
+    ),
+    "dense: one position's bias gradient": (
+        "dense at positions",
+        of_factor("bias", lambda f: Summed(f.g[..., :1, :])),
+    ),
+    "dense: δ of one position, a of the other": (
+        "dense at positions",
+        of_factor("weight", lambda f: Outer(f.u[..., ::-1, :], f.v)),
+    ),
+    "dense: the mean over positions": (
+        "dense at positions",
+        of_factor("weight", lambda f: Outer(f.u / 2, f.v)),
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_in_a_rule_is_caught(fault):
+    name, plant = FAULTS[fault]
+    layer, x = RULES[name]
+    with pytest.raises(AssertionError, match=re.escape(layer.name)):
+        check_layer(planted(layer, plant), x)
+
+
+@pytest.mark.parametrize("form", ["one", "batch"])
+def test_a_fault_in_one_form_of_a_rule_is_caught(form):
+    layer = planted(bp.dense(4), of_input(jnp.negative), forms=(form,))
+    where = {"one": "over one example", "batch": "over a batch"}[form]
+    with pytest.raises(AssertionError, match=where):
+        check_layer(layer, VECTOR)
+
+
+# ---- faults in combinators, in factors, in losses, in what users call ---------------------------
+
+
+def combined(layer, faulty):
+    """A combinator with a wrong ``backward`` over one example and over a batch."""
+
+    def wrong(form):
+        return dataclasses.replace(
+            form,
+            backward=lambda params, residuals, dy, contract=keep: faulty(
+                form, params, residuals, dy, contract
+            ),
+        )
+
+    return dataclasses.replace(wrong(layer), lift=lambda: wrong(layer.batched))
+
+
+def without_the_shortcut(form, params, residuals, dy, contract):
+    dx, results = form.backward(params, residuals, dy, contract)
+    return dx - dy, results
+
+
+def layers_in_the_wrong_order(form, params, residuals, dy, contract):
+    swapped = jax.tree.map(lambda p: p[::-1], params)
+    return form.backward(swapped, residuals, dy, contract)
+
+
+def ends_exchanged(form, params, residuals, dy, contract):
+    return form.backward((params[2], params[1], params[0]), residuals, dy, contract)
+
+
+@pytest.mark.parametrize(
+    ("layer", "faulty"),
+    [
+        (COMBINED["residual"][0], without_the_shortcut),
+        (bp.repeat(bp.dense(4), 2), layers_in_the_wrong_order),
+        (bp.chain(bp.dense(4), bp.tanh, bp.dense(4)), ends_exchanged),
+    ],
+)
+def test_a_fault_in_a_combinator_is_caught(layer, faulty):
+    with pytest.raises(AssertionError, match="gradient"):
+        check_layer(combined(layer, faulty), VECTOR)
+
+
+METHODS = (
+    *("each", "scaled", "among", "total", "squared_norm"),
+    *("inner", "gram", "dot", "second_moment"),
+)
+MET_IN = {
+    Factored: ["a user's factors"],
+    Itself: ["a user's rule"],
+    Summed: ["dense at positions"],
+    Outer: ["dense", "dense at positions"],
+    Sum: ["tied"],
+    Stacked: ["repeat"],
+}
+OWN = {
+    (Factored, "each"),  # what every class must bring
+    (Factored, "scaled"),
+    (Stacked, "second_moment"),  # the contraction asks each layer
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "method", "name"),
+    [
+        (kind, method, name)
+        for kind, names in MET_IN.items()
+        for method in METHODS
+        if method in vars(kind) and (kind, method) not in OWN
+        for name in names
+    ],
+)
+def test_a_fault_in_factors_is_caught(monkeypatch, kind, method, name):
+    right = getattr(kind, method)
+    monkeypatch.setattr(
+        kind, method, lambda *args: jax.tree.map(lambda a: a * 1.0001, right(*args))
+    )
+    with pytest.raises(AssertionError):
+        check_layer(*LAYERS[name])
+
+
+def test_a_dropped_cross_term_of_a_tied_parameter_is_caught(monkeypatch):
+    monkeypatch.setattr(
+        Sum, "inner", lambda f, g: sum(a.inner(b) for a, b in zip(f.parts, g.parts))
+    )
+    with pytest.raises(AssertionError, match=r"squared_norm, leaf \[0\]\['weight'\]"):
+        check_layer(*LAYERS["tied"])
+
+
+def test_a_dropped_use_of_a_tied_parameter_is_caught(monkeypatch):
+    monkeypatch.setattr(Sum, "total", lambda f: f.parts[0].total())
+    with pytest.raises(AssertionError, match="keep, then total"):
+        check_layer(*LAYERS["tied"])
+
+
+X = np.random.default_rng(0).normal(size=(3, 4))
+
+
+def dense_params():
+    return {"weight": np.zeros((4, 4)), "bias": np.zeros(4)}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize(
+    "change", [jnp.negative, lambda d: d / 2, jnp.zeros_like], ids=["negative", "half", "zero"]
+)
+def test_a_fault_in_a_loss_is_caught(name, change):
+    loss, y = LOSSES[name]
+    wrong = dataclasses.replace(loss, delta=lambda a, y: change(loss.delta(a, y)))
+    with pytest.raises(AssertionError, match=r"dense\(4\): grad"):
+        check_model(bp.dense(4), wrong, dense_params(), X, y)
+
+
+@pytest.mark.parametrize(
+    "quantity",
+    ["value_and_grad", "clipped_grad", "per_example_grads", "per_example_grad_norms", "deltas"],
+)
+def test_a_fault_in_a_quantity_is_caught(monkeypatch, quantity):
+    right = getattr(bp.testing, quantity)
+
+    def wrong(*args):
+        return lambda *a, **kw: jax.tree.map(lambda q: q * 1.0001, right(*args)(*a, **kw))
+
+    monkeypatch.setattr(bp.testing, quantity, wrong)
+    with pytest.raises(AssertionError, match=quantity.removesuffix("_and_grad")):
+        check_model(bp.dense(4), *of_loss("squared_error"))
+
+
+@pytest.mark.parametrize("quantity", ["value_and_grad", "clipped_grad"])
+def test_ignored_weights_are_caught(monkeypatch, quantity):
+    right = getattr(bp.testing, quantity)
+
+    def unweighted(*args):
+        return lambda params, x, y, *, weights, key: right(*args)(params, x, y, key=key)
+
+    monkeypatch.setattr(bp.testing, quantity, unweighted)
+    with pytest.raises(AssertionError, match="with weights"):
+        check_model(bp.dense(4), *of_loss("squared_error"))
+
+
+def of_loss(name):
+    """What ``check_model`` takes after the model, for a dense layer of four units."""
+    loss, y = LOSSES[name]
+    return loss, dense_params(), X, y
+
+
+# ---- what the proof takes and says --------------------------------------------------------------
+
+
+def test_a_failure_names_the_layer_the_leaf_the_error_and_where_it_is():
+    layer = bp.chain(bp.dense(4), planted(bp.dense(4), of_factor("bias", first_array(second_off))))
+    with pytest.raises(AssertionError) as failure:
+        check_layer(layer, VECTOR)
+    assert re.fullmatch(
+        r"chain\(dense\(4\), dense\(4\)\) over one example: gradient, leaf \[1\]\['bias'\]: "
+        r"relative error [\d.e-]+, at most 1e-12; largest at \(1,\): "
+        r"[-\d.e]+ by hand, [-\d.e]+ wanted",
+        str(failure.value),
+    )
+
+
+def second_off(g):
+    return g.at[..., 1].add(1e-3)
+
+
+def test_an_error_where_the_gradient_is_zero_is_absolute():
+    layer = planted(bp.activation(jnp.zeros_like, jnp.zeros_like, name="zero"), of_input(one_more))
+    with pytest.raises(AssertionError, match="absolute error 1,"):
+        check_layer(layer, VECTOR)
+
+
+def one_more(dx):
+    return dx + 1
+
+
+def test_nan_is_an_error():
+    layer = planted(bp.tanh, of_input(lambda dx: dx * jnp.nan))
+    with pytest.raises(AssertionError, match="nan by hand"):
+        check_layer(layer, VECTOR)
+
+
+def test_a_number_widened_to_float64_is_caught():
+    widening = bp.rule(
+        bp.identity.init,
+        lambda params, x, key=None: (x, ()),
+        lambda params, residuals, dy: (dy * np.float64(1), ()),
+        name="widening",
+    )
+    check_layer(widening, VECTOR)
+    with pytest.raises(AssertionError, match="float64 by hand, float32 was given"):
+        check_layer(widening, VECTOR, dtype="float32")
+
+
+def test_a_layer_that_jit_would_refuse_is_caught():
+    def forward(params, x, key=None):
+        return (x if float(x.sum()) < jnp.inf else 2 * x), ()
+
+    branching = bp.rule(
+        bp.identity.init, forward, lambda params, r, dy: (dy, ()), positionwise=True
+    )
+    with pytest.raises(jax.errors.ConcretizationTypeError):
+        check_layer(branching, VECTOR)
+
+
+def power():
+    """y = s ⊙ x^n for a tree of x and an integer n, which y passes on."""
+
+    def forward(params, inputs, key=None):
+        x, n = inputs["x"], inputs["n"]
+        return {"x": params["s"] * x**n, "n": n}, (x, n)
+
+    def backward(params, residuals, dy):
+        x, n = residuals
+        dx = params["s"] * n * x ** (n - 1) * dy["x"]
+        return {"x": dx, "n": None}, {"s": Itself(x**n * dy["x"])}
+
+    return bp.rule(lambda key, x: {"s": jnp.ones(x["x"].shape)}, forward, backward, name="power")
+
+
+def test_trees_and_integers_are_proven_at_the_integers_given():
+    x = {"x": VECTOR, "n": jnp.array(3)}
+    check_layer(power(), x)
+    check_layer(bp.chain(power(), power()), x)
+    with pytest.raises(AssertionError, match="input gradient, leaf \\['x'\\]"):
+        check_layer(planted(power(), of_input(lambda dx: {**dx, "x": -dx["x"]})), x)
+    with pytest.raises(AssertionError, match="input gradient, leaf \\['x'\\] is missing"):
+        check_layer(planted(power(), of_input(lambda dx: {**dx, "x": None})), x)
+
+
+def centred(sign=1):
+    """y = x − mean of the batch: a layer that mixes examples, with its own batched form."""
+
+    def centre(x):
+        return x - x.mean(0)
+
+    batched = bp.Layer(
+        "centred",
+        bp.identity.init,
+        lambda params, x, key=None: (centre(x), ()),
+        lambda params, residuals, dy, contract=keep: (sign * centre(dy), ()),
+    )
+    return dataclasses.replace(bp.identity, lift=lambda: batched, mixes_examples=True)
+
+
+def test_a_layer_that_mixes_examples_is_proven_over_a_batch():
+    check_layer(bp.chain(bp.dense(4), centred()), VECTOR)
+    check_model(centred(), LOSSES["squared_error"][0], (), X, X + 1)
+    with pytest.raises(AssertionError, match="over a batch: input gradient"):
+        check_layer(centred(sign=-1), VECTOR)
+
+
+def test_a_layer_that_mixes_examples_unsaid_is_caught():
+    unsaid = dataclasses.replace(centred(), mixes_examples=False)
+    with pytest.raises(AssertionError, match="identity over a batch: output"):
+        check_layer(unsaid, VECTOR)
+
+
+def test_the_reference_is_what_a_rule_is_proven_against():
+    """A loop with a dynamic bound has no vjp; its textbook formula has."""
+
+    def forward(params, x, key=None):
+        steps = jnp.array(3)
+        return jax.lax.while_loop(
+            lambda s: s[0] < steps, lambda s: (s[0] + 1, s[1] * x), (0, jnp.ones_like(x))
+        )[1], x
+
+    def cube(reference):
+        return bp.rule(
+            bp.identity.init,
+            forward,
+            lambda params, x, dy: (3 * x**2 * dy, ()),
+            reference=reference,
+            name="cube",
+        )
+
+    check_layer(cube(lambda params, x, key=None: x**3), VECTOR)
+    with pytest.raises(AssertionError, match="cube over one example: output"):
+        check_layer(cube(lambda params, x, key=None: x**2), VECTOR)
+
+
+def test_the_proof_changes_no_global_setting():
+    check_layer(bp.tanh, VECTOR)
+    with pytest.raises(AssertionError):
+        check_layer(planted(bp.tanh, of_input(jnp.negative)), VECTOR)
+    assert jnp.ones(1, float).dtype == jnp.float32
+    assert not jax.config.jax_disable_jit
