@@ -29,10 +29,10 @@ def rows() -> Iterable[Row]:
     step = bp.value_and_grad(model, loss)
 
     def ours(function, name="ours", **options):
-        return mlp._ours(BATCH, function, name, **options)
+        return mlp.ours(BATCH, function, name, **options)
 
     def plain(name, function, **options):
-        return mlp._plain(BATCH, name, function, **options)
+        return mlp.plain(BATCH, name, function, **options)
 
     manual = ours(step, "a plain manual step", same=False)
     yield Row(
@@ -81,7 +81,7 @@ def rows() -> Iterable[Row]:
         f"per-example gradients and other libraries, batch {BATCH}",
         [
             ours(bp.per_example_grads(model, loss)),
-            plain("usual: vmap(jax.grad)", jax.vmap(mlp._grad_of_one, (None, 0, 0))),
+            plain("usual: vmap(jax.grad)", jax.vmap(mlp.grad_of_one, (None, 0, 0))),
             Candidate("BackPACK: BatchGrad", _by_backpack("BatchGrad"), jit=False, same=False),
         ],
     )
@@ -91,31 +91,30 @@ def rows() -> Iterable[Row]:
 
 
 def moment_by_vmap(params: Tree, x: Array, y: Array) -> Tree:
-    grads = jax.vmap(mlp._grad_of_one, (None, 0, 0))(params, x, y)
+    grads = jax.vmap(mlp.grad_of_one, (None, 0, 0))(params, x, y)
     return jax.tree.map(lambda g: (g**2).mean(0), grads)
 
 
 def moment_by_perturbations(params: Tree, x: Array, y: Array) -> Tree:
     n = x.shape[0]
     return [
-        {"weight": (d**2).T @ a**2 / n, "bias": (d**2).mean(0)}
-        for d, a in zip(*mlp._deltas(params, x, y))
+        {"weight": (d**2).T @ a**2 / n, "bias": (d**2).mean(0)} for d, a in mlp.deltas(params, x, y)
     ]
 
 
 def gram_by_vmap(params: Tree, x: Array, y: Array) -> Array:
-    grads = jax.vmap(mlp._grad_of_one, (None, 0, 0))(params, x, y)
+    grads = jax.vmap(mlp.grad_of_one, (None, 0, 0))(params, x, y)
     flat = [g.reshape(g.shape[0], -1) for g in jax.tree.leaves(grads)]
     return sum(g @ g.T for g in flat)
 
 
 def gram_by_perturbations(params: Tree, x: Array, y: Array) -> Array:
-    return sum((d @ d.T) * (1 + a @ a.T) for d, a in zip(*mlp._deltas(params, x, y)))
+    return sum((d @ d.T) * (1 + a @ a.T) for d, a in mlp.deltas(params, x, y))
 
 
 def factors_by_perturbations(params: Tree, x: Array, y: Array) -> Tree:
     n = x.shape[0]
-    return [(a.T @ a / n, d.T @ d / n) for d, a in zip(*mlp._deltas(params, x, y))]
+    return [(a.T @ a / n, d.T @ d / n) for d, a in mlp.deltas(params, x, y)]
 
 
 def _factors_of_weights(params: Tree, x: Array, y: Array) -> Tree:
@@ -129,7 +128,7 @@ def _factors_of_weights(params: Tree, x: Array, y: Array) -> Tree:
 def _by_jax_privacy() -> tuple:
     from jax_privacy.clipping import clipped_grad
 
-    params, x, y = mlp._inputs(BATCH)
+    params, x, y = mlp.inputs(BATCH)
 
     def cost(params, x, y):
         return mlp.mean_cost(params, x, y)
@@ -146,7 +145,7 @@ def _torch_model() -> tuple:
     for fan_in, fan_out in zip(mlp.SIZES[:-2], mlp.SIZES[1:-1]):
         layers += [torch.nn.Linear(fan_in, fan_out), torch.nn.ReLU()]
     layers.append(torch.nn.Linear(*mlp.SIZES[-2:]))
-    _, x, y = mlp._inputs(BATCH)
+    _, x, y = mlp.inputs(BATCH)
     return (
         torch.nn.Sequential(*layers),
         torch.tensor(np.asarray(x)),

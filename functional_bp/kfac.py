@@ -30,11 +30,11 @@ def kfac(
     learning_rate: optax.ScalarOrSchedule,
     *,
     batch: tuple[Tree, Tree],
-    damping: float = 1e-3,
+    damping: float = 1e-2,
     decay: float = 0.95,
-    momentum: float = 0.9,
+    momentum: float = 0.0,
     max_step: float | None = 1e-2,
-    inverse_every: int = 10,
+    inverse_every: int = 5,
     fisher: str = "sampled",
     shared: str = "expand",
     microbatch: int | None = None,
@@ -56,7 +56,7 @@ def kfac(
         shapes, shows only with inputs.
       damping: λ, above 0.
       decay: of the averages of A and G, in [0, 1).
-      momentum: of the steps, in [0, 1).
+      momentum: of the steps, in [0, 1). ``max_step`` bounds u before momentum adds up steps.
       max_step: κ, above 0; None for no bound.
       inverse_every: steps between inversions; the first step inverts.
       fisher, shared, microbatch: as in ``bp.kronecker_factors``.

@@ -115,9 +115,16 @@ def test_a_layers_norm_is_that_of_its_parameters_together():
     np.testing.assert_allclose(by_layer[1], np.hypot(*by_parameter[1].values()))
 
 
-@pytest.mark.parametrize("options", [{}, {"recursions": 1}, {"per": "layer"}, {"microbatch": 2}])
-@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
-def test_an_example_that_is_not_finite_adds_nothing_and_is_reported(options, bad):
+@pytest.mark.parametrize(
+    "bad, options",
+    [
+        (jnp.inf, {}),
+        (jnp.nan, {"recursions": 1}),
+        (jnp.nan, {"per": "layer"}),
+        (jnp.nan, {"microbatch": 2}),
+    ],
+)
+def test_an_example_that_is_not_finite_adds_nothing_and_is_reported(bad, options):
     model, loss, params, x, y = case("mixed")
     bp_clipped = bp.clipped_grad(model, loss, 0.3, has_aux=True, **options)
     spoiled = x.at[1].set(bad).at[4, 0].set(bad)
@@ -139,14 +146,18 @@ def test_an_example_that_is_not_finite_adds_nothing_and_is_reported(options, bad
 def test_an_example_without_gradient_is_exact():
     """At ‖gₙ‖ = 0 the clipping weight is 1, not 0/0."""
     model, loss, params, x, _ = case("positions")
-    y = model.apply(params, x).at[1:].add(1)
-    gradient, seen = compiled(bp.clipped_grad(model, loss, 1e9, has_aux=True), params, x, y)
-    wanted = compiled(bp.grad(model, loss), params, x, y)
+
+    def both(params, x):
+        y = model.apply(params, x).at[1:].add(1)
+        clipped = bp.clipped_grad(model, loss, 1e9, has_aux=True)(params, x, y)
+        return clipped, bp.grad(model, loss)(params, x, y)
+
+    (gradient, seen), wanted = compiled(both, params, x)
     assert seen.norms[0] == 0
     check_equal({"g": gradient}, {"g": wanted})
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(
     n=st.integers(1, 5),
     positions=st.lists(st.integers(1, 3), max_size=2),

@@ -1,0 +1,121 @@
+"""K-FAC takes the step that its equations say, and Newton's where they coincide."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from definitions import case, check_equal, compiled
+
+import functional_bp as bp
+
+
+@pytest.fixture(autouse=True)
+def _float64():
+    with jax.enable_x64(True):
+        yield
+
+
+def test_one_step_solves_linear_least_squares():
+    """There the Gauss–Newton matrix is A ⊗ I, and the Hessian too."""
+    random = np.random.default_rng(0)
+    x, y = random.normal(size=(40, 5)), random.normal(size=(40, 3))
+    model, loss = bp.chain(bp.dense(3, bias=False)), bp.losses.squared_error
+    optimizer = bp.kfac(
+        model, loss, 1.0, batch=(x, y), damping=1e-14, max_step=None, fisher="exact"
+    )
+
+    def step(key):
+        params = model.init(key, x[0])
+        state = optimizer.init(params)
+        gradient = bp.grad(model, loss)(params, x, y)
+        updates, _ = optimizer.update(gradient, state, params, x=x, y=y)
+        return optax.apply_updates(params, updates)
+
+    weight = compiled(step, jax.random.key(0))[0]["weight"]
+    np.testing.assert_allclose(weight, np.linalg.lstsq(x, y)[0].T, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["mixed", "nested repeat"])
+def test_steps_are_as_the_equations_say(name):
+    model, loss, params, x, y = case(name)
+    decay, damping, rate, bound = 0.8, 0.01, 0.1, 1e-3
+    optimizer = bp.kfac(
+        model,
+        loss,
+        rate,
+        batch=(x, y),
+        damping=damping,
+        decay=decay,
+        momentum=0.5,
+        max_step=bound,
+        inverse_every=1,
+        fisher="empirical",
+    )
+    batches = [(x, y), (x[::-1] * 2, y), (x + 1, y[::-1])]
+
+    def ours(params):
+        state, updates = optimizer.init(params), []
+        for batch in batches:
+            gradient = bp.grad(model, loss)(params, *batch)
+            update, state = optimizer.update(gradient, state, params, x=batch[0], y=batch[1])
+            updates.append(update)
+        return dict(enumerate(updates))
+
+    def material(params):
+        return [
+            (bp.grad(model, loss)(params, *b), bp.kronecker_factors(model, loss)(params, *b))
+            for b in batches
+        ]
+
+    def preconditioned(g, A, G):
+        root_of_pi = np.sqrt((np.trace(A) / len(A)) / (np.trace(G) / len(G)))
+        left = G + np.sqrt(damping) / root_of_pi * np.eye(len(G))
+        right = A + np.sqrt(damping) * root_of_pi * np.eye(len(A))
+        return np.linalg.solve(left, g.reshape(len(G), len(A))) @ np.linalg.inv(right)
+
+    def is_kronecker(node):
+        return isinstance(node, bp.Kronecker)
+
+    wanted, average, velocity = {}, None, None
+    for step, (gradient, factors) in enumerate(compiled(material, params)):
+        new = [
+            (np.asarray(f.A), np.asarray(f.G))
+            for f in jax.tree.leaves(factors, is_leaf=is_kronecker)
+        ]
+        average = [
+            tuple(decay * old + (1 - decay) * n for old, n in zip(olds, news))
+            for olds, news in zip(average or [(0, 0)] * len(new), new)
+        ]
+        unbias = 1 - decay ** (step + 1)
+        us, slope = [], 0.0
+        for g, (A, G) in zip(jax.tree.leaves(gradient), average):
+            stack = A.shape[:-2]
+            u = np.stack(
+                [
+                    preconditioned(*one)
+                    for one in zip(
+                        np.asarray(g).reshape(-1, g.size // max(1, int(np.prod(stack)))),
+                        A.reshape(-1, *A.shape[-2:]) / unbias,
+                        G.reshape(-1, *G.shape[-2:]) / unbias,
+                    )
+                ]
+            ).reshape(g.shape)
+            us.append(u)
+            slope += (u * g).sum()
+        shrink = min(1, np.sqrt(bound / (rate**2 * slope)))
+        velocity = [shrink * u + 0.5 * v for u, v in zip(us, velocity or [0.0] * len(us))]
+        wanted[step] = jax.tree.unflatten(
+            jax.tree.structure(params), [jnp.asarray(-rate * v) for v in velocity]
+        )
+    check_equal(compiled(ours, params), wanted)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"damping": 0}, {"decay": 1.0}, {"momentum": -0.1}, {"max_step": 0}, {"inverse_every": 0}],
+)
+def test_options_out_of_range_are_named(options):
+    model, loss, _, x, y = case("mixed")
+    with pytest.raises(ValueError, match=next(iter(options))):
+        bp.kfac(model, loss, 0.1, batch=(x, y), **options)
