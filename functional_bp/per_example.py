@@ -199,8 +199,8 @@ def clipped_grad(
             # where there is such an example, all is done once more with zeros in its place. As a
             # loop of no or one turn this keeps nothing alive for the case that almost never is.
             def without(state: tuple[Tree, Array]) -> tuple[Tree, Array]:
-                blank = jax.tree.map(lambda leaf: _where(finite, leaf), (x, y))
-                again, _, _ = clipped(*blank, counted, key)
+                blank_x, blank_y = jax.tree.map(lambda leaf: _where(finite, leaf), (x, y))
+                again, _, _ = clipped(blank_x, blank_y, counted, key)
                 some = finite.any()
                 return jax.tree.map(lambda s: jnp.where(some, s, 0), again), jnp.array(True)
 
