@@ -105,15 +105,6 @@ class Weighted(Contraction):
         return _by_layer(lambda f, w: f.scaled(w).total(), factor, self.weights)
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["weights"], meta_fields=[])
-@dataclass(frozen=True)
-class WeightedAmong(Weighted):
-    """``Weighted`` among the examples whose weight is not 0: the others may even be NaN."""
-
-    def __call__(self, factor: Factored) -> Array:
-        return _by_layer(lambda f, w: f.among(w != 0).scaled(w).total(), factor, self.weights)
-
-
 def _by_layer(function: Callable[..., Any], factor: Factored, *args: Array) -> Any:
     """``function`` of the factors, for each layer apart where they are a stack's."""
     if isinstance(factor, Stacked):

@@ -16,7 +16,6 @@ batch of gradients gₙ it stands for, by the cheapest route for its shapes:
     dot(v)           ⟨gₙ, v⟩
     second_moment()  mean over n of gₙ²
     scaled(w)        the factors of wₙ gₙ
-    among(mask)      the factors of gₙ where mask, of 0 elsewhere
     as_outer()       the same gradients as Σ_t u_t v_tᵀ, where they are that
 
 Every array in a factored gradient has the examples on its first axis; a rule, which sees one
@@ -59,12 +58,6 @@ class Factored:
     def scaled(self, weights: Array) -> Factored:
         """The factored gradients wₙ gₙ; ``weights`` is ``(n,)``."""
         raise TypeError(f"{type(self).__name__} does not define scaled()")
-
-    def among(self, mask: Array) -> Factored:
-        """The factored gradients gₙ where ``mask``, ``(n,)``, and 0 elsewhere, even for NaN."""
-        return jax.tree.map(
-            lambda leaf: jnp.where(mask.reshape(-1, *(1,) * (leaf.ndim - 1)), leaf, 0), self
-        )
 
     def total(self) -> Array:
         """Σₙ gₙ, shape ``(*parameter)``."""
@@ -363,9 +356,6 @@ class Sum(Factored):
     def scaled(self, weights: Array) -> Sum:
         return Sum(tuple(f.scaled(weights) for f in self.parts))
 
-    def among(self, mask: Array) -> Sum:
-        return Sum(tuple(f.among(mask) for f in self.parts))
-
     def total(self) -> Array:
         return sum(f.total() for f in self.parts)  # type: ignore[return-value]
 
@@ -405,9 +395,6 @@ class Stacked(Factored):
 
     def scaled(self, weights: Array) -> Stacked:
         return Stacked(jax.vmap(lambda f: f.scaled(weights))(self.layers))
-
-    def among(self, mask: Array) -> Stacked:
-        return Stacked(jax.vmap(lambda f: f.among(mask))(self.layers))
 
     def total(self) -> Array:
         return lax.map(lambda f: f.total(), self.layers)

@@ -64,7 +64,7 @@ def check_layer(
         y,  ∂C/∂x,  ∂C/∂θ                                   over one example and over a batch,
         Σₙ gₙ,  gₙ,  ‖gₙ‖²,  ⟨gₙ, gₘ⟩,  mean gₙ²,  ⟨gₙ, v⟩  as contractions on the way down
                                                             and of factors kept,
-        ⟨gₙ, hₙ⟩,  ⟨gₙ, hₘ⟩,  wₙ gₙ,  gₙ where wₙ > 0       of factors kept,
+        ⟨gₙ, hₙ⟩,  ⟨gₙ, hₘ⟩,  wₙ gₙ                           of factors kept,
         Σₙ gₙ of every second parameter, the others dropped, and the other way round.
 
     The relative error of a leaf is max|Δ| / max|leaf|; the error is absolute where the leaf is 0
@@ -238,8 +238,6 @@ def _prove_factors(proof: _Proof, factors: Tree, others: Tree, g: Tree, h: Tree,
     proof.equal("gram of two", found, jax.tree.map(_gram, g, h))
     found = of(lambda f: f.scaled(w).each(), factors)
     proof.equal("scaled", found, jax.tree.map(lambda g: (_float64(w) * g.T).T, g))
-    found = of(lambda f: f.among(w > 0).each(), factors)
-    proof.equal("among", found, jax.tree.map(lambda g: (_float64(w > 0) * g.T).T, g))
 
 
 def _rows(g: Gradients) -> np.ndarray:
