@@ -1,7 +1,7 @@
 """Every speed and memory claim, measured: ``python -m benchmarks``.
 
-A family of comparisons is a module of this package, named in ``FAMILIES``, with a docstring, whose
-first line becomes the family's heading, and one function::
+A family of comparisons is a module of this package, named in ``FAMILIES``, with a docstring (its
+first line becomes the family's heading, the rest a note below it) and one function::
 
     def rows() -> Iterable[Row]: ...
 
@@ -19,4 +19,4 @@ The first word of a name says what a candidate is: *ours*; *usual*, what most pe
 *strongest*, what an expert would write; or the name of a library.
 """
 
-FAMILIES = ("mlp", "quantities", "deep", "training", "imports")
+FAMILIES = ("mlp", "quantities", "deep", "recurrent", "training", "imports")
