@@ -156,13 +156,19 @@ def _torch_model() -> tuple:
 def _by_opacus() -> tuple:
     import torch
     from opacus.grad_sample import GradSampleModuleFastGradientClipping
+    from opacus.optimizers import DPOptimizerFastGradientClipping
     from opacus.utils.fast_gradient_clipping_utils import DPLossFastGradientClipping
 
     network, x, y = _torch_model()
     network = GradSampleModuleFastGradientClipping(
         network, max_grad_norm=MAX_NORM, use_ghost_clipping=True
     )
-    optimizer = torch.optim.SGD(network.parameters(), 0.1)
+    optimizer = DPOptimizerFastGradientClipping(
+        torch.optim.SGD(network.parameters(), 0.1),
+        noise_multiplier=0.0,
+        max_grad_norm=MAX_NORM,
+        expected_batch_size=BATCH,
+    )
     criterion = torch.nn.CrossEntropyLoss()
     cost = DPLossFastGradientClipping(network, optimizer, criterion)
 
