@@ -36,7 +36,8 @@ def main() -> None:
 
     say(_heading(machine))
     for family, rows in chosen:
-        say(f"\n## {family.__doc__.splitlines()[0]}\n", HEADER)
+        title, _, notes = family.__doc__.strip().partition("\n\n")
+        say(f"\n## {title}\n", *[f"{notes}\n"] * bool(notes), HEADER)
         missing: list[str] = []
         for row in rows:
             results, skipped = compare(row, budget=budget, turns=turns)
@@ -121,21 +122,22 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
+HEADING = """\
+# Benchmarks
+
+Written by `python -m benchmarks`.
+
+{machine}
+
+Ratios count, not milliseconds: candidates of a row ran by turns in one process; a ratio is the
+median over turns of our time over theirs, below 1 where ours is faster. *usual* is what most
+people write, *strongest* what an expert would. Temp MiB is what the program allocates besides its
+arguments and results, whose memory serves as scratch space too. Trace and compile are medians
+after a first time."""
+
+
 def _heading(machine: dict[str, str]) -> str:
-    return "\n".join(
-        [
-            "# Benchmarks",
-            "",
-            "Written by `python -m benchmarks`.",
-            "",
-            *[f"- {key}: {value}" for key, value in machine.items()],
-            "",
-            "Ratios count, not milliseconds: candidates of a row ran by turns in one process; a",
-            "ratio is the median over turns of our time over theirs, below 1 where ours is faster.",
-            "*usual* is what most people write, *strongest* what an expert would. Temp MiB is the",
-            "compiled program's; trace and compile are medians after a first time.",
-        ]
-    )
+    return HEADING.format(machine="\n".join(f"- {k}: {v}" for k, v in machine.items()))
 
 
 if __name__ == "__main__":

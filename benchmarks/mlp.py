@@ -28,63 +28,75 @@ loss = bp.losses.softmax_cross_entropy
 
 
 def rows() -> Iterable[Row]:
-    ours = bp.value_and_grad(model, loss)
+    manual = bp.value_and_grad(model, loss)
     usual = jax.value_and_grad(mean_cost)
     for batch in (1, 32, 128, 1024):
         yield Row(
             f"loss and gradient, batch {batch}",
-            [_ours(batch, ours), _plain(batch, "usual: jax.value_and_grad", usual)],
+            [ours(batch, manual), plain(batch, "usual: jax.value_and_grad", usual)],
         )
     yield Row(
         "control: the same step twice, batch 128",
-        [_ours(128, ours), _ours(128, ours, "ours again")],
+        [ours(128, manual), ours(128, manual, "ours again")],
     )
     yield Row(
         "eager loss and gradient, batch 1",
-        [_ours(1, ours, jit=False), _plain(1, "usual: jax.value_and_grad", usual, jit=False)],
+        [
+            ours(1, manual, jit=False),
+            ours(
+                1,
+                bp.value_and_grad(model, loss, method="autodiff"),
+                "the same model by autodiff",
+                jit=False,
+            ),
+            plain(1, "usual: jax.value_and_grad", usual, jit=False),
+        ],
     )
     for batch in (128, 512):
         yield Row(
             f"per-example norms, batch {batch}",
             [
-                _ours(batch, bp.per_example_grad_norms(model, loss)),
-                _ours(batch, ours, "a plain manual step", same=False),
-                _plain(batch, "usual: vmap(jax.grad)", norms_by_vmap),
-                _plain(batch, "strongest: perturbations of every z", norms_by_perturbations),
+                ours(batch, bp.per_example_grad_norms(model, loss)),
+                ours(batch, manual, "a plain manual step", same=False),
+                plain(batch, "usual: vmap(jax.grad)", norms_by_vmap),
+                plain(batch, "strongest: perturbations of every z", norms_by_perturbations),
             ],
         )
         yield Row(
             f"clipped gradient, batch {batch}",
             [
-                _ours(batch, bp.clipped_grad(model, loss, MAX_NORM)),
-                _ours(batch, ours, "a plain manual step", same=False),
-                _plain(batch, "a plain autodiff step", usual, same=False),
-                _plain(batch, "usual: vmap(jax.grad)", clipped_by_vmap),
-                _plain(
+                ours(batch, bp.clipped_grad(model, loss, MAX_NORM)),
+                ours(
+                    batch,
+                    bp.clipped_grad(model, loss, MAX_NORM, recursions=1),
+                    "ours, one recursion, δ and a kept",
+                ),
+                ours(batch, manual, "a plain manual step", same=False),
+                plain(batch, "a plain autodiff step", usual, same=False),
+                plain(batch, "usual: vmap(jax.grad)", clipped_by_vmap),
+                plain(
                     batch, "strongest: perturbations, δ and a kept", clipped_by_kept_perturbations
                 ),
-                _plain(
-                    batch, "strongest: perturbation norms, reweighted", clipped_by_perturbations
-                ),
-                _plain(batch, "strongest: vmap norms, reweighted", clipped_by_vmap_norms),
+                plain(batch, "strongest: perturbation norms, reweighted", clipped_by_perturbations),
+                plain(batch, "strongest: vmap norms, reweighted", clipped_by_vmap_norms),
             ],
         )
 
 
-def _inputs(batch: int) -> tuple[Tree, Array, Array]:
+def inputs(batch: int) -> tuple[Tree, Array, Array]:
     keys = jax.random.split(jax.random.key(0), 3)
     x = jax.random.normal(keys[0], (batch, SIZES[0]))
     y = jax.random.randint(keys[1], (batch,), 0, SIZES[-1])
     return model.init(keys[2], x[0]), x, y
 
 
-def _ours(batch, function, name="ours", **options) -> Candidate:
-    return Candidate(name, lambda: (function, _inputs(batch)), **options)
+def ours(batch, function, name="ours", **options) -> Candidate:
+    return Candidate(name, lambda: (function, inputs(batch)), **options)
 
 
-def _plain(batch, name, function, **options) -> Candidate:
+def plain(batch, name, function, **options) -> Candidate:
     def make():
-        params, x, y = _inputs(batch)
+        params, x, y = inputs(batch)
         return function, ([p for p in params if p], x, y)
 
     return Candidate(name, make, **options)
@@ -108,7 +120,7 @@ def mean_cost(params: Tree, x: Array, y: Array) -> Array:
     return costs_of(logits(params, x), y).mean()
 
 
-def _grad_of_one(params: Tree, x: Array, y: Array) -> Tree:
+def grad_of_one(params: Tree, x: Array, y: Array) -> Tree:
     return jax.grad(lambda p: costs_of(logits(p, x), y))(params)
 
 
@@ -117,11 +129,11 @@ def _norms(grads: Tree) -> Array:
 
 
 def norms_by_vmap(params: Tree, x: Array, y: Array) -> Array:
-    return _norms(jax.vmap(_grad_of_one, (None, 0, 0))(params, x, y))
+    return _norms(jax.vmap(grad_of_one, (None, 0, 0))(params, x, y))
 
 
 def clipped_by_vmap(params: Tree, x: Array, y: Array) -> Tree:
-    grads = jax.vmap(_grad_of_one, (None, 0, 0))(params, x, y)
+    grads = jax.vmap(grad_of_one, (None, 0, 0))(params, x, y)
     clip = _clip(_norms(grads))
     return jax.tree.map(lambda g: jnp.tensordot(clip, g, 1), grads)
 
@@ -130,9 +142,9 @@ def _clip(norms: Array) -> Array:
     return jnp.minimum(1, MAX_NORM / norms) / norms.size
 
 
-def _deltas(params: Tree, x: Array, y: Array) -> tuple[list[Array], list[Array]]:
-    """δ of every layer and the activation below it, for every example: the gradient by a zero
-    added to every z."""
+def deltas(params: Tree, x: Array, y: Array) -> list[tuple[Array, Array]]:
+    """δ of every layer, for every example, and the activation below it: δ is the gradient by a
+    zero that is added to z."""
 
     def total_cost(zeros: list[Array]) -> tuple[Array, list[Array]]:
         a = [x]
@@ -142,23 +154,21 @@ def _deltas(params: Tree, x: Array, y: Array) -> tuple[list[Array], list[Array]]
         return costs_of(z, y).sum(), a
 
     zeros = [jnp.zeros((x.shape[0], *p["bias"].shape)) for p in params]
-    return jax.grad(total_cost, has_aux=True)(zeros)
+    return list(zip(*jax.grad(total_cost, has_aux=True)(zeros)))
 
 
-def _norms_of_factors(deltas: list[Array], activations: list[Array]) -> Array:
-    return jnp.sqrt(sum((d**2).sum(1) * (1 + (a**2).sum(1)) for d, a in zip(deltas, activations)))
+def _norms_of_factors(factors: list[tuple[Array, Array]]) -> Array:
+    return jnp.sqrt(sum((d**2).sum(1) * (1 + (a**2).sum(1)) for d, a in factors))
 
 
 def norms_by_perturbations(params: Tree, x: Array, y: Array) -> Array:
-    return _norms_of_factors(*_deltas(params, x, y))
+    return _norms_of_factors(deltas(params, x, y))
 
 
 def clipped_by_kept_perturbations(params: Tree, x: Array, y: Array) -> Tree:
-    deltas, activations = _deltas(params, x, y)
-    clip = _clip(_norms_of_factors(deltas, activations))
-    return [
-        {"weight": (clip[:, None] * d).T @ a, "bias": clip @ d} for d, a in zip(deltas, activations)
-    ]
+    factors = deltas(params, x, y)
+    clip = _clip(_norms_of_factors(factors))
+    return [{"weight": (clip[:, None] * d).T @ a, "bias": clip @ d} for d, a in factors]
 
 
 def _reweighted(params: Tree, x: Array, y: Array, clip: Array) -> Tree:
