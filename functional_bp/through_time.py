@@ -245,7 +245,7 @@ def through_time(
     )
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Recurrent(Layer):
     """A recurrent layer; ``mirrored`` makes the same one running the other way."""
 
