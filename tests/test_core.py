@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from layers import COMBINED
 
 import functional_bp as bp
 
@@ -27,12 +28,21 @@ Y = jnp.array([0, 1, 2, 0, 1])
 PARAMS = MODEL.init(KEY, X[0])
 
 
+HAND = bp.value_and_grad(MODEL, LOSS)
+COMPILED = {  # once for all tests
+    "manual": jax.jit(HAND),
+    "autodiff": jax.jit(bp.value_and_grad(MODEL, LOSS, method="autodiff")),
+}
+EACH = jax.jit(bp.per_example_grads(MODEL, LOSS))
+DELTAS = jax.jit(bp.deltas(MODEL, LOSS))
+
+
 def by_hand(params=PARAMS, x=X, y=Y, **options):
-    return bp.value_and_grad(MODEL, LOSS)(params, x, y, **options)
+    return COMPILED["manual"](params, x, y, **options)
 
 
 def by_autodiff(params=PARAMS, x=X, y=Y, **options):
-    return bp.value_and_grad(MODEL, LOSS, method="autodiff")(params, x, y, **options)
+    return COMPILED["autodiff"](params, x, y, **options)
 
 
 def assert_same(found, wanted, tolerance=5e-6):
@@ -47,15 +57,21 @@ def test_the_method_is_one_argument():
     assert_same(by_hand(), by_autodiff())
 
 
-def test_under_jit():
-    assert_same(jax.jit(by_hand)(), by_autodiff())
+def test_outside_jit():
+    model = bp.chain(bp.dense(4), bp.tanh, bp.dense(3))
+    params = (PARAMS[0], (), PARAMS[4])
+    assert_same(
+        bp.value_and_grad(model, LOSS)(params, X, Y),
+        bp.value_and_grad(model, LOSS, method="autodiff")(params, X, Y),
+    )
 
 
 def test_under_vmap_over_an_ensemble():
-    ensemble = jax.vmap(lambda key: MODEL.init(key, X[0]))(jax.random.split(KEY, 3))
+    ensemble = jax.tree.map(lambda p: np.stack([p, -p, p + np.float32(0.1)]), PARAMS)
     assert_same(jax.vmap(by_hand)(ensemble), jax.vmap(by_autodiff)(ensemble))
-    norms = jax.vmap(lambda p: bp.per_example_grad_norms(MODEL, LOSS)(p, X, Y))(ensemble)
-    assert norms.shape == (3, 5)
+    norms = jax.jit(jax.vmap(lambda p: bp.per_example_grad_norms(MODEL, LOSS)(p, X, Y)))(ensemble)
+    each = jax.tree.leaves(jax.vmap(EACH, (0, None, None))(ensemble, X, Y))
+    assert_same(norms, jnp.sqrt(sum((g**2).sum(range(2, g.ndim)) for g in each)))
 
 
 def test_inside_scan():
@@ -72,7 +88,7 @@ def test_inside_scan():
 def test_with_donated_parameters():
     @functools.partial(jax.jit, donate_argnums=0)
     def step(params):
-        return jax.tree.map(lambda p, g: p - 0.1 * g, params, by_hand(params)[1])
+        return jax.tree.map(lambda p, g: p - 0.1 * g, params, HAND(params, X, Y)[1])
 
     given = jax.tree.map(jnp.copy, PARAMS)
     assert_same(step(given), jax.tree.map(lambda p, g: p - 0.1 * g, PARAMS, by_autodiff()[1]))
@@ -85,7 +101,7 @@ def test_equal_shapes_trace_once():
     @jax.jit
     def step(params, x, y):
         traces.append(1)
-        return by_hand(params, x, y)
+        return HAND(params, x, y)
 
     step(PARAMS, X, Y)
     step(jax.tree.map(lambda p: p + 1, PARAMS), X + 1, Y)
@@ -104,25 +120,26 @@ def test_forward_mode_through_it_is_the_hessian_vector_product():
 def test_float32_stays_float32_under_x64():
     with jax.enable_x64(True):
         cost, g = by_hand()
-        norms = bp.per_example_grad_norms(MODEL, LOSS)(PARAMS, X, Y)
-    assert {leaf.dtype for leaf in jax.tree.leaves((cost, g, norms))} == {jnp.dtype("float32")}
+        each = EACH(PARAMS, X, Y)
+    assert {leaf.dtype for leaf in jax.tree.leaves((cost, g, each))} == {jnp.dtype("float32")}
 
 
 def test_float64_is_exact():
     with jax.enable_x64(True):
-        x = X.astype("float64")
-        params = MODEL.init(KEY, x[0])
+        params, x = jax.tree.map(lambda leaf: leaf.astype("float64"), (PARAMS, X))
         assert_same(by_hand(params, x), by_autodiff(params, x), 1e-12)
 
 
 @pytest.mark.parametrize("method", ["manual", "autodiff"])
 def test_bfloat16_stays_bfloat16_and_is_close(method):
     model = bp.chain(bp.dense(4), bp.relu, bp.dense(3))
-    params = model.init(KEY, X[0])
+    value_and_grad = jax.jit(bp.value_and_grad(model, LOSS, method=method))
+    params = (PARAMS[0], (), PARAMS[4])
     low = jax.tree.map(lambda leaf: leaf.astype("bfloat16"), (params, X))
-    cost, g = bp.value_and_grad(model, LOSS, method=method)(*low, Y)
+    cost, g = value_and_grad(*low, Y)
     assert cost.dtype == jnp.float32
-    wanted = jax.tree.map(lambda leaf: leaf.astype("bfloat16"), bp.grad(model, LOSS)(params, X, Y))
+    _, g_float32 = value_and_grad(params, X, Y)
+    wanted = jax.tree.map(lambda leaf: leaf.astype("bfloat16"), g_float32)
     assert_same(g, wanted, 0.05)  # bfloat16 has 8 bits, of which two layers use up three
 
 
@@ -146,7 +163,7 @@ def test_weights_are_a_weighted_mean(name):
     w = WEIGHTS[name]
     cost, g = by_hand(weights=w)
     assert_same((cost, g), by_autodiff(weights=w))
-    each = bp.per_example_grads(MODEL, LOSS)(PARAMS, X, Y)
+    each = EACH(PARAMS, X, Y)
     assert_same(g, jax.tree.map(lambda leaf: jnp.tensordot(w / w.sum(), leaf, 1), each), 1e-5)
 
 
@@ -162,13 +179,15 @@ def test_weights_of_zero_alone_give_zero():
     assert not any(leaf.any() for leaf in jax.tree.leaves(g))
 
 
-def test_a_model_and_its_loss_are_proven():
-    bp.testing.check_model(MODEL, LOSS, PARAMS, X, Y)
+@pytest.mark.parametrize("name", ["residual of repeats", "tied inside repeat", "sum of branches"])
+def test_a_model_and_its_loss_are_proven(name):
+    model, x = COMBINED[name]
+    params = jax.tree.map(jnp.zeros_like, jax.eval_shape(model.init, KEY, x))
+    bp.testing.check_model(model, LOSS, params, X[:3, :4], Y[:3])
 
 
 def test_deltas_of_dense_layers_are_their_biases_gradients():
-    delta = bp.deltas(MODEL, LOSS)(PARAMS, X, Y)
-    each = bp.per_example_grads(MODEL, LOSS)(PARAMS, X, Y)
+    delta, each = DELTAS(PARAMS, X, Y), EACH(PARAMS, X, Y)
     assert len(delta) == 5
     for ours, theirs in (
         (delta[0], each[0]["bias"]),
@@ -179,15 +198,35 @@ def test_deltas_of_dense_layers_are_their_biases_gradients():
         assert_same(ours, theirs)
 
 
+def test_the_last_delta_is_p_minus_y():
+    p_minus_y = jax.nn.softmax(MODEL.apply(PARAMS, X)) - jax.nn.one_hot(Y, 3)
+    assert_same(DELTAS(PARAMS, X, Y)[4], p_minus_y)
+
+
+def test_a_shortcut_carries_delta_past_its_layer():
+    """δ behind a residual layer is that of both its ways."""
+    _, _, (of_layer, of_shortcut), *_ = DELTAS(PARAMS, X, Y)
+    assert_same(of_layer[-1], of_shortcut)
+
+
+def test_deltas_of_a_repeat_are_those_of_the_chain_of_its_layers():
+    unrolled = tuple(jax.tree.map(lambda leaf, i=i: leaf[i], PARAMS[3]) for i in range(2))
+    model = bp.chain(*MODEL.parts[:3], bp.chain(*MODEL.parts[3].parts * 2), MODEL.parts[4])
+    layers = jax.jit(bp.deltas(model, LOSS))((*PARAMS[:3], unrolled, PARAMS[4]), X, Y)[3]
+    assert_same(DELTAS(PARAMS, X, Y)[3], jax.tree.map(lambda *d: jnp.stack(d, 1), *layers))
+
+
 def test_a_frozen_parameter_has_no_gradient_by_either_method():
     def frozen(path):
         return path[0] in (0, 3)
 
-    found = bp.grad(MODEL, LOSS, frozen=frozen)(PARAMS, X, Y)
+    def grad(frozen, method="manual"):
+        return jax.jit(bp.grad(MODEL, LOSS, frozen=frozen, method=method))(PARAMS, X, Y)
+
+    found = grad(frozen)
     assert found[0] == {"weight": None, "bias": None}
-    assert_same(found, bp.grad(MODEL, LOSS, frozen=frozen, method="autodiff")(PARAMS, X, Y))
-    as_tree = (True, (), False, True, False)
-    assert_same(found, bp.grad(MODEL, LOSS, frozen=as_tree)(PARAMS, X, Y))
+    assert_same(found, grad(frozen, "autodiff"))
+    assert_same(found, grad((True, (), False, True, False)))
     assert_same(bp.merged(bp.trainable(PARAMS, frozen), PARAMS), PARAMS)
 
 
@@ -258,9 +297,10 @@ def test_any_shape_is_proven(batch, sizes, positions, seed):
     rng = np.random.default_rng(seed)
     x, y = rng.normal(size=(batch, *shape)), rng.normal(size=(batch, *positions, sizes[-1]))
     with jax.enable_x64(True):
-        params = model.init(KEY, jnp.asarray(x[0]))
+        shapes = jax.eval_shape(model.init, KEY, x[0])
+        params = jax.tree.map(lambda p: rng.normal(size=p.shape), shapes)
         found, wanted = (
-            bp.value_and_grad(model, bp.losses.squared_error, method=method)(params, x, y)
+            jax.jit(bp.value_and_grad(model, bp.losses.squared_error, method=method))(params, x, y)
             for method in ("manual", "autodiff")
         )
         assert_same(found, wanted, 1e-12)
