@@ -42,12 +42,29 @@ class Loss:
     @functools.cached_property
     def costs(self) -> Callable[[Tree, Tree], Array]:
         """``value`` over a batch: ``(a, y) -> (batch,)``."""
-        return jax.jit(jax.vmap(self.value), inline=True)
+
+        def scalar(a: Tree, y: Tree) -> Array:
+            cost = self.value(a, y)
+            if jnp.shape(cost) != ():
+                raise ModelError(f"takes a value that is a scalar, got {described(cost)}")
+            return cost
+
+        return jax.jit(jax.vmap(scalar), inline=True)
 
     @functools.cached_property
     def deltas(self) -> Callable[[Tree, Tree], Tree]:
         """``delta`` over a batch."""
-        return jax.jit(jax.vmap(self.delta), inline=True)
+
+        def of_outputs(a: Tree, y: Tree) -> Tree:
+            delta = self.delta(a, y)
+            if jax.tree.map(jnp.shape, delta) != jax.tree.map(jnp.shape, a):
+                raise ModelError(
+                    f"{self.name}: takes a delta of the outputs' shape, {described(a)}, got "
+                    f"{described(delta)}"
+                )
+            return delta
+
+        return jax.jit(jax.vmap(of_outputs), inline=True)
 
     def __repr__(self) -> str:
         return self.name
@@ -93,7 +110,9 @@ def _same_shape(a: Array, y: Array) -> None:
 
 def _is_array(a: Tree, y: Tree) -> None:
     if not (hasattr(a, "shape") and hasattr(y, "shape")):
-        raise ModelError(f"takes one array of outputs and one of targets, got {a} and {y}")
+        raise ModelError(
+            f"takes one array of outputs and one of targets, got {described(a)} and {described(y)}"
+        )
 
 
 def _ids_or_probabilities(a: Array, y: Tree) -> None:
@@ -102,6 +121,8 @@ def _ids_or_probabilities(a: Array, y: Tree) -> None:
         _check_masked(a, y)
         y, mask = jax.vmap(_target_and_mask)(a, y)
     _is_array(a, y)
+    if a.ndim < 2:
+        raise ModelError(f"takes outputs of shape (..., classes), got {tuple(a.shape[1:])}")
     *outer, classes = a.shape
     if y.shape == a.shape and jnp.issubdtype(y.dtype, jnp.floating):
         return

@@ -21,6 +21,9 @@ def grad(params=PARAMS, x=X, y=Y, model=MODEL, loss=LOSS, **options):
 
 OTHER = bp.chain(bp.dense(4), bp.dense(3)).init(KEY, X[0])
 WIDER = (bp.dense(8).init(KEY, X[0]), *PARAMS[1:])
+STACK = bp.repeat(bp.dense(6), 3)
+STACK_PARAMS = {"weight": np.ones((3, 6, 6), np.float32), "bias": np.ones((3, 6), np.float32)}
+TIED = bp.tied(bp.chain(bp.dense(6), bp.dense(6)), {(1, "weight"): (0, "weight")})
 PLACED = {
     "a wrong feature count": (lambda: grad(x=X[:, :2]), r"chain\[0\] dense\(4\):.*6.*\(2,\)"),
     "integers for numbers": (lambda: grad(x=X.astype(int)), r"chain\[0\] dense\(4\):.*int"),
@@ -78,6 +81,75 @@ PLACED = {
     "a tie of unequal shapes": (
         lambda: bp.tied(MODEL, {(3, "weight"): (0, "weight")}).init(KEY, X[0]),
         r"tied:.*\(3, 4\).*\(4, 6\)",
+    ),
+    "a tree for an array": (lambda: grad(x={"x": X}), r"chain\[0\] dense\(4\):.*one array.*'x'"),
+    "a list of numbers": (lambda: grad(x=X.tolist()), r"x: takes a batch.*float"),
+    "targets as a list": (lambda: grad(y=Y.tolist()), r"y: takes a batch.*int"),
+    "one number": (lambda: grad(x=np.float32(1)), r"x: takes a batch.*float32\(\)"),
+    "too many axes for the targets": (
+        lambda: grad(x=X[:, None]),
+        r"softmax_cross_entropy:.*ids of shape \(1,\).*got int64\(\)",
+    ),
+    "one target for the whole batch": (
+        lambda: grad(y=X[0, :3], loss=bp.losses.squared_error),
+        r"x and y:.*5 examples.*3 targets",
+    ),
+    "outputs without classes": (
+        lambda: bp.grad(bp.identity, LOSS)((), X[:, 0], Y),
+        r"softmax_cross_entropy:.*\(\.\.\., classes\).*\(\)",
+    ),
+    "a tree of targets": (
+        lambda: grad(y={"a": X}, loss=bp.losses.squared_error),
+        r"squared_error:.*float32\(5, 3\).*'a': float32\(5, 6\)",
+    ),
+    "a cost that is no scalar": (
+        lambda: grad(loss=bp.losses.loss(lambda a, y: a, lambda a, y: a, name="mine")),
+        r"mine: .*scalar.*\(3,\)",
+    ),
+    "a delta of another shape": (
+        lambda: grad(loss=bp.losses.loss(lambda a, y: a.sum(), lambda a, y: a.sum(), name="mine")),
+        r"mine: .*delta.*\(3,\).*\(\)",
+    ),
+    "parameters as a list": (lambda: grad(list(PARAMS)), r"chain: .*tuple.*got list"),
+    "parameters for a layer without": (
+        lambda: grad((PARAMS[0], PARAMS[0], *PARAMS[2:])),
+        r"chain\[1\] relu: takes no parameters.*weight.*another model",
+    ),
+    "integer parameters": (
+        lambda: grad((jax.tree.map(lambda p: p.astype(int), PARAMS[0]), *PARAMS[1:])),
+        r"chain\[0\] dense\(4\):.*floating-point.*int32",
+    ),
+    "a stack of another depth": (
+        lambda: STACK.apply(jax.tree.map(lambda p: p[:2], STACK_PARAMS), X),
+        r"repeat: .*3 layers.*float32\(2, 6\)",
+    ),
+    "a stack of another width": (
+        lambda: STACK.apply({"weight": np.ones((3, 6, 5)), "bias": np.ones((3, 6))}, X),
+        r"repeat dense\(6\):.*\(\.\.\., 5\).*\(6,\)",
+    ),
+    "a stack of no layers": (lambda: bp.repeat(bp.relu, 0), r"repeat: .*at least 1.*0"),
+    "parameters of the untied model": (
+        lambda: TIED.apply(({"weight": np.ones((6, 6)), "bias": np.ones(6)},) * 2, X),
+        r"tied: takes None at \(1, 'weight'\).*float64",
+    ),
+    "a tie to what is tied": (
+        lambda: bp.tied(MODEL, {(1, "w"): (0, "w"), (2, "w"): (1, "w")}),
+        r"tied: .*not tied themselves.*\(2, 'w'\)",
+    ),
+    "a tie of whole layers": (
+        lambda: bp.tied(bp.chain(bp.dense(6), bp.dense(6)), {(1,): (0,)}).init(KEY, X[0]),
+        r"tied: .*single parameters.*\(1,\).*weight",
+    ),
+    "a tie into an array": (
+        lambda: bp.tied(MODEL, {(3, "weight", 0): (0, "weight")}).init(KEY, X[0]),
+        r"tied: .*\(3, 'weight', 0\) does not exist",
+    ),
+    "a path that is no tuple": (lambda: bp.tied(MODEL, {"w": "v"}), r"tied: .*tuples.*'w'"),
+    "no units": (lambda: bp.dense(0), r"dense: .*at least 1.*0"),
+    "what is no layer": (lambda: bp.chain(bp.relu, bp.dense), r"chain\[1\]: takes a bp.Layer"),
+    "an example that is a list": (
+        lambda: MODEL.init(KEY, [1.0, 2.0]),
+        r"chain\[0\] dense\(4\):.*one array",
     ),
     "frozen layers of another model": (
         lambda: bp.grad(MODEL, LOSS, frozen=(True, False))(PARAMS, X, Y),
