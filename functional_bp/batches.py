@@ -90,13 +90,17 @@ class Padded:
     def __init__(self, *, fill: bool = True, rows: int = 0) -> None:
         self.fill = fill
         self.rows = rows
-        self._usual: Any = None  # the shapes of full batches (x, y), known to be in order
+        self.usual = False  # whether the latest batch is as the full ones before it were
+        self._form: Any = None
         self._ones: Any = None
 
     def __call__(self, batch: Batch) -> tuple[Tree, Tree, Array | np.ndarray]:
-        shapes = [getattr(leaf, "shape", None) for leaf in jax.tree.leaves(batch)]
-        if shapes == self._usual and len(batch) == 2:
-            return *jax.tree.map(_array, tuple(batch)), self._ones
+        leaves, tree = jax.tree.flatten(batch)
+        form = (tree, [(type(leaf), getattr(leaf, "shape", None)) for leaf in leaves])
+        self.usual = form == self._form
+        if self.usual:  # and so in order: nothing of what follows is paid for at every step
+            x, y = batch
+            return x, y, self._ones
         if not isinstance(batch, (tuple, list)) or len(batch) not in (2, 3):
             raise ValueError(
                 f"batches: takes batches (x, y) or (x, y, weights), got {_told(batch)}"
@@ -106,7 +110,9 @@ class Padded:
         dtype = jnp.result_type(float)
         self.rows = max(self.rows, n)
         if len(batch) == 2 and (n == self.rows or not self.fill):
-            self._usual, self._ones = shapes, jnp.ones(n, dtype)
+            if all(isinstance(leaf, (np.ndarray, jax.Array)) for leaf in leaves):
+                self._form = form
+            self._ones = jnp.ones(n, dtype)
             return x, y, self._ones
         weights = np.asarray(batch[2], dtype) if len(batch) == 3 else np.ones(n, dtype)
         if weights.shape != (n,):

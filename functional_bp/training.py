@@ -123,12 +123,13 @@ def evaluate(
     def fn(params: Tree, batches: Batches) -> dict[str, float]:
         zero = jnp.zeros(())
         sums: Tree = (dict.fromkeys(["loss", *(metrics or {})], zero), zero)
-        check_targets = _target_check(model, loss, params)
+        targets = _Targets(model, loss, params)
         padded = Padded(fill=not model.mixes_examples)
         for batch in each_epoch(batches)(0):
             x, y, weights = padded(batch)
-            check_targets(x, y)
+            targets.add(x, y, padded.usual)
             sums = added(sums, params, x, y, weights)
+        targets.check()
         totals, weight = jax.device_get(sums)
         if weight == 0:
             raise ValueError("batches: takes examples to evaluate, got none with a weight above 0")
@@ -218,7 +219,7 @@ def fit(
         frozen=frozen,
         key=key,
         padded=Padded(fill=not model.mixes_examples),
-        check_targets=_target_check(model, loss, params),
+        targets=_Targets(model, loss, params),
         epochs=epochs,
         steps=steps,
         every=every,
@@ -258,7 +259,7 @@ class _Training:
     frozen: Tree
     key: Array | None
     padded: Padded
-    check_targets: Callable[[Tree, Tree], None]
+    targets: _Targets
     epochs: int | None
     steps: int | None
     every: int | None
@@ -288,7 +289,7 @@ class _Training:
 
     def train(self, batch: Batch) -> None:
         x, y, weights = self.padded(batch)
-        self.check_targets(x, y)
+        self.targets.add(x, y, self.padded.usual)
         self.state, loss = self.advance(self.state, self.rest, x, y, weights, self.key)
         self.unread.append(loss)
         self.step += 1
@@ -311,6 +312,7 @@ class _Training:
 
     def read(self) -> None:
         """Brings the losses of the latest steps, all of one epoch, to the host."""
+        self.targets.check()
         known = len(self.history.loss)
         self.history = self.history._with_steps(self.epoch, self.unread)
         self.unread = []
@@ -462,21 +464,46 @@ def _advance(
     return advance
 
 
-def _target_check(model: Layer, loss: Loss, params: Tree) -> Callable[[Tree, Tree], None]:
-    """``(x, y) -> None``, raising where the values of the targets, which a compiled step cannot
-    look into, do not fit the loss. Targets on a device are looked into in the first batch only."""
-    outputs: dict[Any, Tree] = {}
+class _Targets:
+    """Looks into the values of targets, such as class ids, which a compiled step cannot.
 
-    def check(x: Tree, y: Tree) -> None:
-        shapes = tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(x))
-        if shapes not in outputs:
-            outputs[shapes] = _applied(model).eval_shape(params, x)
-        elif any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(y)):
+    It does so at once where a batch is not as those before it. The rest it looks at together when
+    the losses are read, because one by one they take a fifth of a small network's step. Targets
+    that are on a device already stay there.
+    """
+
+    def __init__(self, model: Layer, loss: Loss, params: Tree) -> None:
+        self.model, self.loss = model, loss
+        self.params = jax.eval_shape(lambda: params)
+        self.outputs: Tree = None
+        self.unseen: list[Tree] = []
+
+    def add(self, x: Tree, y: Tree, usual: bool) -> None:
+        if not usual:
+            self.check()
+            self.outputs = _applied(self.model).eval_shape(self.params, x)
+            self.unseen = [y]
+            self.check()
+        elif _has_ids(y):
+            self.unseen.append(y)
+
+    def check(self) -> None:
+        count, targets, self.unseen = len(self.unseen), self.unseen, []
+        if not count:
             return
-        with place(f"{loss.name}:"):
-            loss.check(outputs[shapes], y)
+        y = jax.tree.map(lambda *leaves: np.concatenate(leaves), *targets)
+        outputs = jax.tree.map(
+            lambda a: jax.ShapeDtypeStruct((count * a.shape[0], *a.shape[1:]), a.dtype),  # type: ignore[no-untyped-call]
+            self.outputs,
+        )
+        with place(f"{self.loss.name}:"):
+            self.loss.check(outputs, y)
 
-    return check
+
+def _has_ids(y: Tree) -> bool:
+    """Whether y is on the host and has whole numbers in it."""
+    leaves = [y] if isinstance(y, np.ndarray) else jax.tree.leaves(y)
+    return any(isinstance(leaf, np.ndarray) and leaf.dtype.kind in "iu" for leaf in leaves)
 
 
 def _check_arguments(
