@@ -124,6 +124,14 @@ def test_float32_stays_float32_under_x64():
     assert {leaf.dtype for leaf in jax.tree.leaves((cost, g, each))} == {jnp.dtype("float32")}
 
 
+def test_numpys_float64_is_taken_as_float32():
+    stack = bp.chain(bp.repeat(bp.dense(6), 2), bp.dense(3))
+    x = np.asarray(X, np.float64)
+    params = stack.init(KEY, x[0])
+    found = jax.jit(bp.value_and_grad(stack, LOSS))(params, x, Y)
+    assert {leaf.dtype for leaf in jax.tree.leaves((params, found))} == {jnp.dtype("float32")}
+
+
 def test_float64_is_exact():
     with jax.enable_x64(True):
         params, x = jax.tree.map(lambda leaf: leaf.astype("float64"), (PARAMS, X))

@@ -20,6 +20,12 @@ def test_backward_equals_autodiff_in_float32(name):
     bp.testing.check_layer(*LAYERS[name], dtype="float32")
 
 
+@pytest.mark.parametrize("name", ["dense at positions", "gelu", "softmax", "tied"])
+def test_backward_is_close_to_autodiff_in_bfloat16(name):
+    """To the few of bfloat16's 8 bits that both sides have left."""
+    bp.testing.check_layer(*LAYERS[name], dtype="bfloat16", tolerance=0.05)
+
+
 @pytest.mark.parametrize("name", RANDOM)
 def test_random_backward_equals_autodiff(name):
     bp.testing.check_layer(*RANDOM[name])
