@@ -1,10 +1,11 @@
 """Recurrent cells: the equations of one step, and of δ back through it.
 
-Each cell is a pair of functions that read like its equations; ``bp.through_time`` makes a layer
-of it. Shapes of one step, with any leading axes of examples: x_t ``(d,)``; h, c, every gate and
-every δ ``(h,)``; p_t = W_x x_t + b ``(k,)``, the input's part of all pre-activations at once.
+Each cell is a few functions that read like its equations; ``bp.through_time`` makes a layer of it.
+Shapes of one step: x_t ``(d,)``; h, c, every gate and every δ ``(h,)``; p_t = W_x x_t + b ``(k,)``,
+the input's part of all pre-activations at once. The vectors of a batch are columns, ``(h, n)``.
 σ is the sigmoid and ⊙ the element-wise product. A δ with the name of a gate is the derivative of
-C by the gate's pre-activation; ∂s_t is short for ∂C/∂s_t.
+C by the gate's pre-activation; ∂s_t is short for ∂C/∂s_t. What stands in brackets does not wait
+for δ: ``local`` makes it for many steps at once.
 """
 
 from __future__ import annotations
@@ -27,7 +28,6 @@ from .through_time import (
     as_tree,
     product,
     through_time,
-    transposed_product,
 )
 
 Tree = Any
@@ -90,16 +90,19 @@ def rnn(hidden: int, *, activation: str = "tanh", **options: Any) -> Layer:
         return _weights(key, 1, hidden, features, dtype)
 
     def forward(params: Tree, state: State, p: Array) -> tuple[State, Tree]:
-        z = p + product(state["h"], params["weight_h"])
-        return {"h": tanh(z) if activation == "tanh" else jnp.maximum(z, 0)}, ()
+        z = p + product(params["weight_h"], state["h"])
+        h = tanh(z) if activation == "tanh" else jnp.maximum(z, 0)
+        return {"h": h}, h
 
-    def backward(
-        params: Tree, h_before: Array, h: Array, saved: Tree, dstate: State
-    ) -> tuple[State, Array]:
-        delta = dstate["h"] * (1 - h * h if activation == "tanh" else h > 0)
-        return {"h": transposed_product(delta, params["weight_h"])}, delta
+    def local(h: Array) -> Array:
+        return 1 - h * h if activation == "tanh" else (h > 0).astype(h.dtype)
 
-    return through_time(Cell("rnn", hidden, ("h",), init, forward, backward, _factors), **options)
+    def backward(transposed: Tree, df: Array, dstate: State) -> tuple[State, Array]:
+        delta = dstate["h"] * df
+        return {"h": product(transposed["weight_h"], delta)}, delta
+
+    cell = Cell("rnn", hidden, ("h",), init, forward, local, backward, _factors)
+    return through_time(cell, **options)
 
 
 def lstm(hidden: int, **options: Any) -> Layer:
@@ -114,11 +117,11 @@ def lstm(hidden: int, **options: Any) -> Layer:
 
     Backward:
 
-        ∂c_t ← ∂c_t + ∂h_t ⊙ o ⊙ (1 − tanh² c_t)
-        δ^i = ∂c_t ⊙ g       ⊙ i (1 − i)
-        δ^f = ∂c_t ⊙ c_{t−1} ⊙ f (1 − f)
-        δ^g = ∂c_t ⊙ i       ⊙ (1 − g²)
-        δ^o = ∂h_t ⊙ tanh c_t ⊙ o (1 − o)
+        ∂c_t ← ∂c_t + ∂h_t ⊙ [o ⊙ (1 − tanh² c_t)]
+        δ^i = ∂c_t ⊙ [g        ⊙ i (1 − i)]
+        δ^f = ∂c_t ⊙ [c_{t−1}  ⊙ f (1 − f)]
+        δ^g = ∂c_t ⊙ [i        ⊙ (1 − g²)]
+        δ^o = ∂h_t ⊙ [tanh c_t ⊙ o (1 − o)]
         ∂c_{t−1} = ∂c_t ⊙ f
         ∂h_{t−1} = W_hᵀ δ_t
 
@@ -139,27 +142,30 @@ def lstm(hidden: int, **options: Any) -> Layer:
 
     def forward(params: Tree, state: State, p: Array) -> tuple[State, Tree]:
         h, c_before = state["h"], state["c"]
-        z = p + product(h, params["weight_h"])
-        z_i, z_f, z_g, z_o = jnp.split(z, 4, axis=-1)
+        z = p + product(params["weight_h"], h)
+        z_i, z_f, z_g, z_o = jnp.split(z, 4)
         i, f, g, o = sigmoid(z_i), sigmoid(z_f), tanh(z_g), sigmoid(z_o)
         c = f * c_before + i * g
         return {"h": o * tanh(c), "c": c}, (i, f, g, o, c_before)
 
-    def backward(
-        params: Tree, h_before: Array, h: Array, saved: Tree, dstate: State
-    ) -> tuple[State, Array]:
+    def local(saved: Tree) -> Tree:
         i, f, g, o, c_before = saved
         tanh_c = tanh(f * c_before + i * g)
-        dh = dstate["h"]
-        dc = dstate["c"] + dh * o * (1 - tanh_c * tanh_c)
-        delta_i = dc * g * i * (1 - i)
-        delta_f = dc * c_before * f * (1 - f)
-        delta_g = dc * i * (1 - g * g)
-        delta_o = dh * tanh_c * o * (1 - o)
-        delta = jnp.concatenate([delta_i, delta_f, delta_g, delta_o], axis=-1)
-        return {"h": transposed_product(delta, params["weight_h"]), "c": dc * f}, delta
+        dc_dh = o * (1 - tanh_c * tanh_c)
+        di = g * i * (1 - i)
+        df = c_before * f * (1 - f)
+        dg = i * (1 - g * g)
+        do = tanh_c * o * (1 - o)
+        return dc_dh, (di, df, dg, do), f
 
-    cell = Cell("lstm", hidden, ("h", "c"), init, forward, backward, _factors)
+    def backward(transposed: Tree, local: Tree, dstate: State) -> tuple[State, Array]:
+        dc_dh, (di, df, dg, do), f = local
+        dh = dstate["h"]
+        dc = dstate["c"] + dh * dc_dh
+        delta = jnp.concatenate([dc * di, dc * df, dc * dg, dh * do])
+        return {"h": product(transposed["weight_h"], delta), "c": dc * f}, delta
+
+    cell = Cell("lstm", hidden, ("h", "c"), init, forward, local, backward, _factors)
     return through_time(cell, **options)
 
 
@@ -175,9 +181,9 @@ def gru(hidden: int, **options: Any) -> Layer:
 
     Backward, δ = ∂C/∂p and ε = ∂C/∂q, which differ in the rows of n alone:
 
-        δ^n = ∂h_t ⊙ (1 − z) ⊙ (1 − n²)           ε^n = δ^n ⊙ r
-        δ^z = ∂h_t ⊙ (h_{t−1} − n) ⊙ z (1 − z)    ε^z = δ^z
-        δ^r = δ^n ⊙ m ⊙ r (1 − r)                 ε^r = δ^r
+        δ^n = ∂h_t ⊙ [(1 − z) ⊙ (1 − n²)]           ε^n = δ^n ⊙ r
+        δ^z = ∂h_t ⊙ [(h_{t−1} − n) ⊙ z (1 − z)]    ε^z = δ^z
+        δ^r = δ^n ⊙ [m ⊙ r (1 − r)]                 ε^r = δ^r
         ∂h_{t−1} = ∂h_t ⊙ z + W_hᵀ ε
         ∂W_x = Σ_t δ_t x_tᵀ   ∂W_h = Σ_t ε_t h_{t−1}ᵀ   ∂b = Σ_t δ_t   ∂b_n = Σ_t ε^n_t
 
@@ -195,24 +201,28 @@ def gru(hidden: int, **options: Any) -> Layer:
 
     def forward(params: Tree, state: State, p: Array) -> tuple[State, Tree]:
         h = state["h"]
-        p_r, p_z, p_n = jnp.split(p, 3, axis=-1)
-        q_r, q_z, q_n = jnp.split(product(h, params["weight_h"]), 3, axis=-1)
+        p_r, p_z, p_n = jnp.split(p, 3)
+        q_r, q_z, q_n = jnp.split(product(params["weight_h"], h), 3)
         r, z = sigmoid(p_r + q_r), sigmoid(p_z + q_z)
-        m = q_n + params["bias_n"]
+        m = q_n + params["bias_n"][:, None]
         n = tanh(p_n + r * m)
-        return {"h": (1 - z) * n + z * h}, (r, z, n, m)
+        return {"h": (1 - z) * n + z * h}, (r, z, n, m, h)
 
-    def backward(
-        params: Tree, h_before: Array, h: Array, saved: Tree, dstate: State
-    ) -> tuple[State, Tree]:
-        r, z, n, m = saved
+    def local(saved: Tree) -> Tree:
+        r, z, n, m, h_before = saved
+        dn = (1 - z) * (1 - n * n)
+        dz = (h_before - n) * z * (1 - z)
+        dr = m * r * (1 - r)
+        return dn, dz, dr, r, z
+
+    def backward(transposed: Tree, local: Tree, dstate: State) -> tuple[State, Tree]:
+        dn, dz, dr, r, z = local
         dh = dstate["h"]
-        delta_n = dh * (1 - z) * (1 - n * n)
-        delta_z = dh * (h_before - n) * z * (1 - z)
-        delta_r = delta_n * m * r * (1 - r)
-        delta = jnp.concatenate([delta_r, delta_z, delta_n], axis=-1)
-        epsilon = jnp.concatenate([delta_r, delta_z, delta_n * r], axis=-1)
-        return {"h": dh * z + transposed_product(epsilon, params["weight_h"])}, (delta, epsilon)
+        delta_n, delta_z = dh * dn, dh * dz
+        delta_r = delta_n * dr
+        delta = jnp.concatenate([delta_r, delta_z, delta_n])
+        epsilon = jnp.concatenate([delta_r, delta_z, delta_n * r])
+        return {"h": dh * z + product(transposed["weight_h"], epsilon)}, (delta, epsilon)
 
     def factors(deltas: Tree, x: Array, h_before: Array) -> Tree:
         delta, epsilon = deltas
@@ -223,7 +233,8 @@ def gru(hidden: int, **options: Any) -> Layer:
             "bias_n": Summed(epsilon[..., 2 * hidden :]),
         }
 
-    return through_time(Cell("gru", hidden, ("h",), init, forward, backward, factors), **options)
+    cell = Cell("gru", hidden, ("h",), init, forward, local, backward, factors)
+    return through_time(cell, **options)
 
 
 def bidirectional(forward: Layer, backward: Layer | None = None) -> Layer:

@@ -17,7 +17,9 @@ block, made when the δ of the block are known; blocks keep what is alive small 
 and let totals be folded on the way back, so that nothing holds the δ of the whole sequence.
 
 Axes: n examples, t time, d features of x, k rows of W_x, h hidden units. Batches are ``(n, t, …)``
-outside and time comes first, ``(t, n, …)``, inside a block.
+outside. Inside a block time comes first, and a step has the examples as columns, ``(h, n)``: W h
+is then what the derivation writes, for all examples at once, and the matrix product that reads
+memory in order (on the CPU 1.1 to 1.7 times as fast as h Wᵀ).
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ import numpy as np
 from jax import Array, lax
 
 from .combinators import broadcast
-from .contractions import Contraction, contract_factors, keep
+from .contractions import Contraction, Drop, Total, contract_factors, keep
 from .factors import Itself, accumulator
 from .layer import Layer, ModelError, described, one_of, place
 
@@ -47,7 +49,7 @@ speed, few enough for a block to stay in the cache and to be small beside what a
 
 @dataclass(frozen=True)
 class Cell:
-    """One step of a recurrent layer, for any leading axes of examples.
+    """One step of a recurrent layer, for examples as columns: a vector ``(h,)`` is ``(h, n)``.
 
     Attributes:
       name: how errors call the layer.
@@ -55,9 +57,11 @@ class Cell:
       state: the names of the state's parts, each ``(h,)``; the first, ``h``, is the output.
       init: ``(key, features, dtype) -> params``, with ``weight_x (k, d)`` and ``bias (k,)``.
       forward: ``(params, s_{t−1}, p_t) -> (s_t, saved)``.
-      backward: ``(params, h_{t−1}, h_t, saved, ∂C/∂s_t) -> (∂C/∂s_{t−1}, δ_t)``.
-      factors: ``(δ, x, h_before) -> factors`` over any number of steps; the δ that meets x in
-        ``weight_x`` is ∂C/∂p.
+      local: ``saved -> local``, the derivatives within a step, which do not wait for δ. It gets all
+        steps of a block at once, ``(t, h, n)``.
+      backward: ``(paramsᵀ, local_t, ∂C/∂s_t) -> (∂C/∂s_{t−1}, δ_t)``, every matrix transposed.
+      factors: ``(δ, x, h_before) -> factors`` over any leading axes of examples and steps; the δ
+        that meets x in ``weight_x`` is ∂C/∂p.
     """
 
     name: str
@@ -65,22 +69,15 @@ class Cell:
     state: tuple[str, ...]
     init: Callable[..., Tree]
     forward: Callable[..., tuple[State, Tree]]
+    local: Callable[[Tree], Tree]
     backward: Callable[..., tuple[State, Tree]]
     factors: Callable[..., Tree]
 
 
-def product(a: Array, W: Array) -> Array:
-    """W a for every a, summed in float32 at least."""
-    return jnp.einsum("...i,oi->...o", a, W, preferred_element_type=accumulator(a, W)).astype(
-        jnp.result_type(a, W)
-    )
-
-
-def transposed_product(delta: Array, W: Array) -> Array:
-    """Wᵀ δ for every δ, summed in float32 at least."""
-    return jnp.einsum(
-        "...o,oi->...i", delta, W, preferred_element_type=accumulator(delta, W)
-    ).astype(jnp.result_type(delta, W))
+def product(W: Array, a: Array) -> Array:
+    """W a for every column of a, summed in float32 at least."""
+    sums = jnp.matmul(W, a, preferred_element_type=accumulator(W, a))
+    return sums.astype(jnp.result_type(W, a))
 
 
 @dataclass(frozen=True)
@@ -283,13 +280,14 @@ class _ThroughTime:
 
         def block(state: State, start: Array, size: int) -> tuple[State, Tree]:
             valid, _ = self._masks(inputs, start, size)
-            xs = where(valid, time.read(inputs["x"], start, size), 0)
+            xs = where(turned(valid), time.read(inputs["x"], start, size), 0)
             after, hs, saved = self._run(params, state, xs, valid)
             needed = self.output == "sequence" or not recompute
             return after, (hs if needed else None, state, None if recompute else saved)
 
         final, (blocks, last) = time.forward(block, self._initial_state(params, inputs))
         hs = time.join((blocks[0], last and last[0]))
+        final = jax.tree.map(jnp.transpose, final)
         y = final["h"] if self.output == "last" else where(self._valid(inputs), hs, 0)
         residuals = inputs, None if recompute else hs, (blocks[1:], last and last[1:])
         return _output(x, y, final), residuals
@@ -297,17 +295,21 @@ class _ThroughTime:
     def _run(
         self, params: Tree, state: State, xs: Array, valid: Array | None
     ) -> tuple[State, Array, Tree]:
-        """The steps of one block: the state after them, and of each step h_t and what it saves."""
+        """The steps of one block: the state after them, every h_t, ``(t, n, h)``, and what each
+        step saved."""
+        steps, examples, features = xs.shape
+        p = product(params["weight_x"], xs.reshape(-1, features).T)
+        p = p.reshape(-1, steps, examples)
 
         def step(state: State, at_t: Tree) -> tuple[State, tuple[Array, Tree]]:
-            p, valid = at_t
-            new, saved = self.cell.forward(params, state, p)
+            t, valid = at_t
+            p_t = lax.dynamic_index_in_dim(p, t, 1, keepdims=False) + params["bias"][:, None]
+            new, saved = self.cell.forward(params, state, p_t)
             new = where(valid, new, state)
             return new, (new["h"], saved)
 
-        p = product(xs, params["weight_x"]) + params["bias"]
-        state, (hs, saved) = lax.scan(step, state, (p, valid))
-        return state, hs, saved
+        state, (hs, saved) = lax.scan(step, state, (jnp.arange(steps), valid))
+        return state, turned(hs), saved
 
     def backward(
         self, params: Tree, residuals: Tree, dy: Tree, contract: Tree = keep
@@ -315,12 +317,9 @@ class _ThroughTime:
         inputs = residuals[0]
         contract = dict(broadcast(contract, params))
         of_state = contract.pop("state", None)
-        if all(c.additive for c in jax.tree.leaves(contract, is_leaf=_is_contraction)):
-
-            def fold(factors: Tree) -> Tree:
-                return contract_factors(contract, _examples_first(factors))
-
-            dx, dstate, results, _ = self._run_back(params, residuals, dy, fold=fold)
+        asked = jax.tree.leaves(contract, is_leaf=_is_contraction)
+        if all(isinstance(c, (Total, Drop)) for c in asked):
+            dx, dstate, results, _ = self._run_back(params, residuals, dy, contract)
         else:
             dx, dstate, _, (delta, h_before, _) = self._run_back(params, residuals, dy)
             xs = where(self._valid(inputs), inputs["x"], 0)
@@ -339,51 +338,59 @@ class _ThroughTime:
         return dx, dh
 
     def _run_back(
-        self,
-        params: Tree,
-        residuals: Tree,
-        dy: Tree,
-        fold: Callable[[Tree], Tree] | None = None,
+        self, params: Tree, residuals: Tree, dy: Tree, totals: Tree = None
     ) -> tuple[Tree, State, Tree, Tree]:
         """δ from the last step to the first.
 
-        Returns ∂C/∂(input), ∂C/∂(initial state) and the sums over blocks of what ``fold`` makes of
-        the block's factors; without ``fold``, δ_t, h_{t−1} and ∂C/∂h_t of all steps.
+        Returns ∂C/∂(input), ∂C/∂(initial state) and, with a tree of ``totals`` asked for, those,
+        added block by block; without, δ_t, h_{t−1} and ∂C/∂h_t of all steps.
         """
         inputs, hs, saved = residuals
         time = self._blocks(inputs)
         dys, dstate = self._output_deltas(inputs, dy)
+        transposed = jax.tree.map(jnp.transpose, params)
 
         def block(dstate: State, start: Array, size: int, saved: Tree) -> tuple[State, Tree, Tree]:
             before, saved = saved
             valid, through = self._masks(inputs, start, size)
-            xs = where(valid, time.read(inputs["x"], start, size), 0)
+            xs = where(turned(valid), time.read(inputs["x"], start, size), 0)
             if self.checkpoint:
                 _, h, saved = self._run(params, before, xs, valid)
             else:
                 h = time.read(hs, start, size)
-            h_before = jnp.concatenate([before["h"][None], h[:-1]])
-            dy = None if dys is None else where(valid, time.read(dys, start, size), 0)
+            h_before = jnp.concatenate([before["h"].T[None], h[:-1]])
+            dy = None if dys is None else where(valid, turned(time.read(dys, start, size)), 0)
 
             def step(dstate: State, at_t: Tree) -> tuple[State, Tree]:
-                dy, h_before, h, saved, valid, through = at_t
+                dy, local, valid, through = at_t
                 if dy is not None:
                     dstate = {**dstate, "h": dstate["h"] + dy}
-                back, delta = self.cell.backward(params, h_before, h, saved, dstate)
+                back, delta = self.cell.backward(transposed, local, dstate)
                 back, delta = where(through, back, 0), where(valid, delta, 0)
-                return where(valid, back, dstate), (delta, None if fold else dstate["h"])
+                return where(valid, back, dstate), (delta, None if totals else dstate["h"])
 
-            of_steps = (dy, h_before, h, saved, valid, through)
+            of_steps = (dy, self.cell.local(saved), valid, through)
             dstate, (delta, dh) = lax.scan(step, dstate, of_steps, reverse=True)
-            factors = self.cell.factors(delta, xs, h_before)
-            dx = transposed_product(factors["weight_x"].u, params["weight_x"])
-            if fold:
-                return dstate, fold(factors), (dx, None)
-            return dstate, None, (dx, (delta, h_before, dh))
+            if not totals:
+                delta = turned(delta)
+                dx = self._input_delta(params, delta, xs, h_before)
+                return dstate, None, (dx, (delta, h_before, turned(dh)))
+            # To a sum over all of them, steps are as good as examples.
+            together = jax.tree.map(
+                lambda d: jnp.moveaxis(d, 1, 0).reshape(d.shape[1], -1).T, delta
+            )
+            x, h = (rows.reshape(-1, rows.shape[-1]) for rows in (xs, h_before))
+            dx = self._input_delta(params, together, x, h).reshape(xs.shape)
+            return dstate, contract_factors(totals, self.cell.factors(together, x, h)), (dx, None)
 
         dstate, sums, stacked = time.backward(block, dstate, saved)
+        dstate = jax.tree.map(jnp.transpose, dstate)
         dx, taken = time.join(stacked)
         return self._input_deltas(inputs, dy, dx, dstate), dstate, sums, taken
+
+    def _input_delta(self, params: Tree, delta: Tree, x: Array, h_before: Array) -> Array:
+        """∂C/∂x_t = W_xᵀ δ_t, for rows δ_t."""
+        return product(self.cell.factors(delta, x, h_before)["weight_x"].u, params["weight_x"])
 
     def reference(self, params: Tree, x: Tree, key: Array | None = None) -> Tree:
         """One scan over time, for autodiff."""
@@ -394,13 +401,14 @@ class _ThroughTime:
         def step(state: State, at_t: Tree) -> tuple[State, Array]:
             x_t, valid, through = at_t
             before = where(through, state, jax.tree.map(lax.stop_gradient, state))
-            p = product(x_t, params["weight_x"]) + params["bias"]
+            p = product(params["weight_x"], x_t.T) + params["bias"][:, None]
             new = where(valid, self.cell.forward(params, before, p)[0], state)
             return new, where(valid, new["h"], 0)
 
         of_steps = (time.read(inputs["x"], 0, steps), *self._masks(inputs, 0, steps))
         final, hs = lax.scan(step, self._initial_state(params, inputs), of_steps)
-        y = final["h"] if self.output == "last" else time.join((hs[None], None))
+        final = jax.tree.map(jnp.transpose, final)
+        y = final["h"] if self.output == "last" else time.join((turned(hs)[None], None))
         return _output(x, y, final)
 
     def _blocks(self, inputs: Tree) -> _Blocks:
@@ -413,11 +421,11 @@ class _ThroughTime:
 
     def _masks(self, inputs: Tree, start: Array | int, size: int) -> tuple[Tree, Tree]:
         """Where a block's steps are valid, and where δ passes to the step before them; both
-        ``(t, n or 1, 1)``, or None for everywhere."""
+        ``(t, 1, n or 1)``, or None for everywhere."""
         length, steps = inputs.get("length"), inputs["x"].shape[1]
-        padding = 0 if length is None or not self.reverse else steps - length[:, None]
+        padding = 0 if length is None or not self.reverse else steps - length
         step = start + jnp.arange(size)[:, None, None] - padding  # as each example counts them
-        valid = None if length is None else (step >= 0) & (step < length[:, None])
+        valid = None if length is None else (step >= 0) & (step < length)
         through = None if self.truncate is None else (step <= 0) | (step % self.truncate != 0)
         return valid, through
 
@@ -428,12 +436,14 @@ class _ThroughTime:
         return (jnp.arange(inputs["x"].shape[1]) < inputs["length"][:, None])[..., None]
 
     def _initial_state(self, params: Tree, inputs: Tree) -> State:
+        """Every part ``(h, n)``, as the final state and ∂C/∂(final state) are."""
         if "state" in inputs:
-            return inputs["state"][0]
+            return jax.tree.map(jnp.transpose, inputs["state"][0])
         x = inputs["x"]
-        shape, dtype = (x.shape[0], self.cell.hidden), jnp.result_type(x, params["weight_h"])
+        shape, dtype = (self.cell.hidden, x.shape[0]), jnp.result_type(x, params["weight_h"])
         if self.trained_state:
-            return {k: jnp.broadcast_to(s, shape).astype(dtype) for k, s in params["state"].items()}
+            state = params["state"].items()
+            return {part: jnp.broadcast_to(s[:, None], shape).astype(dtype) for part, s in state}
         return {part: jnp.zeros(shape, dtype) for part in self.cell.state}
 
     def _output_deltas(self, inputs: Tree, dy: Tree) -> tuple[Array | None, State]:
@@ -441,12 +451,12 @@ class _ThroughTime:
         dy = as_tree(dy)
         x, given = inputs["x"], dy.get("state")
         if given is not None:
-            dstate = given[-1]
+            dstate = jax.tree.map(jnp.transpose, given[-1])
         else:
-            shape = (x.shape[0], self.cell.hidden)
-            dstate = dict.fromkeys(self.cell.state, jnp.zeros(shape, dy["x"].dtype))
+            zeros = jnp.zeros((self.cell.hidden, x.shape[0]), dy["x"].dtype)
+            dstate = dict.fromkeys(self.cell.state, zeros)
         if self.output == "last":
-            return None, {**dstate, "h": dstate["h"] + dy["x"]}
+            return None, {**dstate, "h": dstate["h"] + dy["x"].T}
         return dy["x"], dstate
 
     def _input_deltas(self, inputs: Tree, dy: Tree, dx: Array, dstate: State) -> Tree:
@@ -509,17 +519,17 @@ def where(mask: Array | None, yes: Tree, no: Tree) -> Tree:
     return jax.tree.map(lambda y, n: jnp.where(mask, y, n), yes, no)
 
 
+def turned(steps: Tree) -> Tree:
+    """Every step's rows to columns, and back."""
+    return jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 1, 2), steps)
+
+
 def _batch_of_one(tree: Tree) -> Tree:
     return jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], tree)
 
 
 def _only_example(tree: Tree) -> Tree:
     return jax.tree.map(lambda leaf: leaf[0], tree)
-
-
-def _examples_first(factors: Tree) -> Tree:
-    """The factors of a block, ``(t, n, …)``, with the examples on the first axis."""
-    return jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 0, 1), factors)
 
 
 def _is_contraction(node: Any) -> bool:
