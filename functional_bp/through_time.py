@@ -298,17 +298,16 @@ class _ThroughTime:
         """The steps of one block: the state after them, every h_t, ``(t, n, h)``, and what each
         step saved."""
         steps, examples, features = xs.shape
-        p = product(params["weight_x"], xs.reshape(-1, features).T)
-        p = p.reshape(-1, steps, examples)
+        p = product(params["weight_x"], xs.reshape(-1, features).T) + params["bias"][:, None]
+        p = jnp.moveaxis(p.reshape(-1, steps, examples), 1, 0)
 
         def step(state: State, at_t: Tree) -> tuple[State, tuple[Array, Tree]]:
-            t, valid = at_t
-            p_t = lax.dynamic_index_in_dim(p, t, 1, keepdims=False) + params["bias"][:, None]
+            p_t, valid = at_t
             new, saved = self.cell.forward(params, state, p_t)
             new = where(valid, new, state)
             return new, (new["h"], saved)
 
-        state, (hs, saved) = lax.scan(step, state, (jnp.arange(steps), valid))
+        state, (hs, saved) = lax.scan(step, state, (p, valid))
         return state, turned(hs), saved
 
     def backward(
