@@ -298,12 +298,12 @@ class _ThroughTime:
         """The steps of one block: the state after them, every h_t, ``(t, n, h)``, and what each
         step saved."""
         steps, examples, features = xs.shape
-        p = product(params["weight_x"], xs.reshape(-1, features).T) + params["bias"][:, None]
+        p = product(params["weight_x"], xs.reshape(-1, features).T)
         p = jnp.moveaxis(p.reshape(-1, steps, examples), 1, 0)
 
         def step(state: State, at_t: Tree) -> tuple[State, tuple[Array, Tree]]:
             p_t, valid = at_t
-            new, saved = self.cell.forward(params, state, p_t)
+            new, saved = self.cell.forward(params, state, p_t + params["bias"][:, None])
             new = where(valid, new, state)
             return new, (new["h"], saved)
 
