@@ -205,10 +205,10 @@ def command_line() -> argparse.Namespace:
         "--cell", choices=list(CELLS), default="lstm", help="(default: %(default)s)"
     )
     for name, default, meaning in (
-        ("--units", 384, "of the recurrent layer"),
-        ("--epochs", 6, "times to go through the text"),
+        ("--units", 352, "of the recurrent layer"),
+        ("--epochs", 2, "times to go through the text"),
         ("--batch-size", 32, "windows for one step"),
-        ("--length", 100, "characters of a window"),
+        ("--length", 64, "characters of a window"),
         ("--sample", 600, "characters to write at the end"),
         ("--seed", 0, "of weights, windows and samples"),
     ):
@@ -227,7 +227,7 @@ def command_line() -> argparse.Namespace:
         "--learning-rate",
         type=float,
         metavar="R",
-        default=5e-3,
+        default=1e-2,
         help="of Adam at its highest (default: %(default)s)",
     )
     options = parser.parse_args()
