@@ -6,8 +6,12 @@ draws how each grows with the batch and the width.
 
 from __future__ import annotations
 
+import atexit
+import os
+import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -59,6 +63,7 @@ def rows() -> Iterable[Row]:
             ours(_factors_of_weights),
             manual,
             plain("strongest: perturbations of every z", factors_by_perturbations),
+            Candidate("kfac-jax", _by_kfac_jax, jit=False, same=False, clock=_asked),
         ],
     )
     yield Row(
@@ -137,6 +142,34 @@ def _by_jax_privacy() -> tuple:
     return fn, ([p for p in params if p], x, y)
 
 
+def _by_kfac_jax() -> tuple:
+    """A function that has the factors made by another process, and says how long that took."""
+    python = os.environ.get("KFAC_JAX_PYTHON")
+    if python is None:
+        raise ImportError("KFAC_JAX_PYTHON names no Python that has it; see kfac_jax_peer.py")
+    script = Path(__file__).with_name("kfac_jax_peer.py")
+    process = subprocess.Popen(
+        [python, script, str(BATCH), *map(str, mlp.SIZES)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    if process.stdout.readline().strip() != "ready":
+        raise ImportError(f"{python} did not run {script.name}")
+    atexit.register(process.kill)
+
+    def update() -> np.ndarray:
+        process.stdin.write("\n")
+        process.stdin.flush()
+        return np.array(float(process.stdout.readline()))
+
+    return update, ()
+
+
+def _asked(function: Callable[[], np.ndarray], arguments: tuple) -> float:
+    return float(function(*arguments))
+
+
 def _torch_model() -> tuple:
     import torch
 
@@ -209,6 +242,7 @@ def growth(path: str) -> None:
         "width, 128 examples": [(w, (128, w)) for w in widths],
     }
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), sharey=True, layout="constrained")
+    figure.suptitle("784-w-w-10, relu, float32")
     for axis, (label, points) in zip(axes, sweeps.items()):
         times: dict[str, list] = {}
         for at, sizes in points:
@@ -218,10 +252,13 @@ def growth(path: str) -> None:
         for name, series in times.items():
             axis.loglog(*zip(*series), marker="o", ls="--" if "vmap" in name else "-", label=name)
         axis.set_xlabel(label)
+        sizes = [at for at, _ in points]
+        axis.set_xticks(sizes, labels=map(str, sizes))
+        axis.minorticks_off()
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("milliseconds")
     axes[0].legend()
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=100)
 
 
 def _times(n: int, width: int) -> dict[str, float]:
