@@ -10,6 +10,8 @@ import jax
 import numpy as np
 import pytest
 
+import functional_bp as bp
+
 EXAMPLES = Path(__file__).parent.parent / "examples"
 pytest.importorskip("sklearn")
 
@@ -28,7 +30,7 @@ def train_digits(monkeypatch):
 
 @pytest.fixture
 def options(monkeypatch):
-    """Sets the command line."""
+    """Sets the command line, of whichever example."""
     return lambda *given: monkeypatch.setattr(sys, "argv", ["train_digits.py", *map(str, given)])
 
 
@@ -139,3 +141,90 @@ def test_a_folder_without_the_files_is_named_on_the_command_line(train_digits, o
     options("--data", tmp_path, "--out", tmp_path)
     with pytest.raises(SystemExit, match=f"^{tmp_path}: expected one of train-images-idx3-ubyte"):
         runpy.run_path(str(EXAMPLES / "train_digits.py"), run_name="__main__")
+
+
+PANGRAM = "the quick brown fox jumps over the lazy dog. "
+
+
+@pytest.fixture
+def learn_text(monkeypatch, options, tmp_path, capsys):
+    """Runs the example on a text, with a small network; returns what it prints."""
+    pytest.importorskip("orbax.checkpoint")
+    monkeypatch.syspath_prepend(EXAMPLES)
+    import char_lm
+
+    def run(text, *given):
+        path = tmp_path / "text.txt"
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+        small = ("--units", 8, "--length", 8, "--sample", 7, "--temperature", 0.5)
+        options("--text", path, "--out", tmp_path, *small, *given)
+        char_lm.main()
+        return capsys.readouterr().out
+
+    return run
+
+
+def test_a_text_is_learned_sampled_and_gone_on_with(learn_text):
+    import char_lm
+
+    out = learn_text(PANGRAM * 40, "--epochs", 1)
+    bits = [float(part.split()[0]) for part in out.split("bits per character: ")[1].split(",")]
+    assert all(0 < b < 6 for b in bits)
+    _, written = out.rstrip("\n").split("--- temperature 0.5 ---\n")
+    assert len(written) == 1 + 7 and set(written) <= set(PANGRAM)
+
+    resumed = learn_text(PANGRAM * 40, "--epochs", 2, "--resume")
+    assert "epoch  1" not in resumed and "epoch  2" in resumed
+    learning = resumed.split("bits per character: ")[1].split()[0]
+    assert float(learning) < bits[0]
+
+    with pytest.raises(
+        bp.ModelError, match=r"it has float32\(32, 8\), this run has float32\(36, 9\)"
+    ):
+        learn_text(PANGRAM * 40, "--epochs", 3, "--resume", "--units", 9)
+    with pytest.raises(char_lm.TextError, match=r"^--resume: .* other characters: \['!', '\.'\]"):
+        learn_text(PANGRAM.replace(".", "!") * 40, "--epochs", 3, "--resume")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "text.txt: takes a text, got an empty file"),
+        ("é".encode("latin-1") * 400, "text.txt: takes text in UTF-8, got .* at byte 0"),
+        (PANGRAM, "text: takes at least 322 characters, got 45"),
+    ],
+)
+def test_a_text_that_cannot_be_learned_from_is_named(learn_text, text, message):
+    import char_lm
+
+    with pytest.raises(char_lm.TextError, match=message):
+        learn_text(text)
+
+
+def test_the_networks_are_compared_on_the_adding_problem(monkeypatch, options, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    monkeypatch.syspath_prepend(EXAMPLES)
+    import vanishing_gradients
+
+    monkeypatch.delitem(vanishing_gradients.CELLS, "GRU")  # two of the three are quicker
+    options("--length", 4, "--units", 3, "--steps", 2, "--out", tmp_path)
+    vanishing_gradients.main()
+    lines = capsys.readouterr().out.splitlines()
+    names = ["giving 1 always:", "plain RNN", "LSTM", "picture:"]
+    assert all(line.startswith(name) for line, name in zip(lines, names, strict=True))
+    for line in lines[1:3]:
+        *_, before, _, after, _ = line.replace(",", "").split()
+        assert float(before) > 0 and float(after) > 0
+    assert (tmp_path / "vanishing_gradients.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_adding_problem_marks_one_number_in_each_half(monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.syspath_prepend(EXAMPLES)
+    import vanishing_gradients
+
+    x, y = vanishing_gradients.adding_problem(np.random.default_rng(0), 20, 7)
+    numbers, marks = x[..., 0], x[..., 1]
+    np.testing.assert_array_equal(marks[:, :3].sum(1), 1)
+    np.testing.assert_array_equal(marks[:, 3:].sum(1), 1)
+    np.testing.assert_allclose((numbers * marks).sum(1, keepdims=True), y, rtol=1e-6)
