@@ -57,8 +57,8 @@ class Cell:
       state: the names of the state's parts, each ``(h,)``; the first, ``h``, is the output.
       init: ``(key, features, dtype) -> params``, with ``weight_x (k, d)`` and ``bias (k,)``.
       forward: ``(params, s_{t−1}, p_t) -> (s_t, saved)``.
-      local: ``saved -> local``, the derivatives within a step, which do not wait for δ. It gets all
-        steps of a block at once, ``(t, h, n)``.
+      local: ``saved -> local``, the derivatives within a step. They do not wait for δ: all steps of
+        a block come at once, ``(t, h, n)``, on all cores, where one step would keep one busy.
       backward: ``(paramsᵀ, local_t, ∂C/∂s_t) -> (∂C/∂s_{t−1}, δ_t)``, every matrix transposed.
       factors: ``(δ, x, h_before) -> factors`` over any leading axes of examples and steps; the δ
         that meets x in ``weight_x`` is ∂C/∂p.
@@ -299,6 +299,7 @@ class _ThroughTime:
         step saved."""
         steps, examples, features = xs.shape
         p = product(params["weight_x"], xs.reshape(-1, features).T)
+        # A step reads what lies together: strided, the gates of one example took ten times as long.
         p = jnp.moveaxis(p.reshape(-1, steps, examples), 1, 0)
 
         def step(state: State, at_t: Tree) -> tuple[State, tuple[Array, Tree]]:
