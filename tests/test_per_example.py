@@ -6,11 +6,14 @@ import numpy as np
 import pytest
 from definitions import (
     MODELS,
+    VECTORS,
     WEIGHTS,
     N,
+    batch,
     case,
     check_equal,
     compiled,
+    direction,
     each_grad,
 )
 from hypothesis import given, settings
@@ -176,12 +179,22 @@ def test_quantities_of_any_shape_equal_their_definitions(n, positions, features,
             "norms": bp.per_example_grad_norms(model, loss, **of)(params, x, y),
             "second moment": bp.grad_second_moment(model, loss, **of)(params, x, y),
             "Gram": bp.grad_gram(model, loss, **of)(params, x, y),
+            "dots": bp.grad_dots(model, loss, **of)(params, x, y, direction(params)),
+            "Kronecker": bp.kronecker_factors(model, loss, **of)(params, x, y)[2]["weight"],
         }
 
     def wanted(params, x, y):
         each = each_grad(model, loss, params, x, y)
         flat = jnp.concatenate([g.reshape(n, -1) for g in jax.tree.leaves(each)], 1)
+        a = jnp.tanh(x @ params[0]["weight"].T + params[0]["bias"])
+        delta = model.apply(params, x) - y
+        v = jnp.concatenate([leaf.ravel() for leaf in jax.tree.leaves(direction(params))])
         return {
+            "dots": flat @ v,
+            "Kronecker": bp.Kronecker(
+                jnp.einsum("...i,...j->ij", a, a) / a[..., 0].size,
+                jnp.einsum("...o,...p->op", delta, delta) / n,
+            ),
             "norms": jnp.linalg.norm(flat, axis=1),
             "second moment": jax.tree.map(lambda g: (g**2).mean(0), each),
             "Gram": flat @ flat.T,
@@ -191,6 +204,61 @@ def test_quantities_of_any_shape_equal_their_definitions(n, positions, features,
     y = random.normal(size=(n, *positions, out))
     params, given_ = compiled(ours, jax.random.key(0), x, y)
     check_equal(given_, compiled(wanted, params, x, y))
+
+
+def test_quantities_under_a_key_are_those_of_the_masks_it_draws():
+    """A key splits among the layers of a chain, and a layer's among the examples."""
+    model = bp.chain(bp.dense(8), bp.dropout(0.5), bp.dense(2))
+    loss, key, bound = bp.losses.squared_error, jax.random.key(3), 0.3
+    params, *data = batch(model, (3,), VECTORS, N, seed=0)
+
+    def ours(params, x, y):
+        given = {"key": key}
+        v = direction(params)
+        return {
+            "each": bp.per_example_grads(model, loss)(params, x, y, **given),
+            "norms": bp.per_example_grad_norms(model, loss)(params, x, y, **given),
+            "clipped": bp.clipped_grad(model, loss, bound)(params, x, y, **given),
+            "second moment": bp.grad_second_moment(model, loss)(params, x, y, **given),
+            "dots": bp.grad_dots(model, loss)(params, x, y, v, **given),
+            "Gram": bp.grad_gram(model, loss)(params, x, y, **given),
+            "Hessian": bp.hvp(model, loss)(params, x, y, v, **given),
+            "gradient": bp.grad(model, loss)(params, x, y, **given),
+            "autodiff": bp.grad(model, loss, method="autodiff")(params, x, y, **given),
+        }
+
+    def wanted(params, x, y):
+        keys = jax.random.split(jax.random.split(key, 3)[1], N)
+        masks = jax.vmap(lambda k: jax.random.bernoulli(k, 0.5, (8,)))(keys)
+
+        def cost(params, x, y, mask):
+            hidden = params[0]["weight"] @ x + params[0]["bias"]
+            a = params[2]["weight"] @ jnp.where(mask, 2 * hidden, 0) + params[2]["bias"]
+            return loss.value(a, y)
+
+        def mean_gradient(params):
+            return jax.grad(lambda p: jax.vmap(cost, (None, 0, 0, 0))(p, x, y, masks).mean())(
+                params
+            )
+
+        each = jax.vmap(jax.grad(cost), (None, 0, 0, 0))(params, x, y, masks)
+        flat = jnp.concatenate([g.reshape(N, -1) for g in jax.tree.leaves(each)], 1)
+        v = direction(params)
+        norms = jnp.linalg.norm(flat, axis=1)
+        scales = jnp.minimum(1, bound / norms) / N
+        return {
+            "each": each,
+            "norms": norms,
+            "clipped": jax.tree.map(lambda g: jnp.tensordot(scales, g, 1), each),
+            "second moment": jax.tree.map(lambda g: (g**2).mean(0), each),
+            "dots": flat @ jnp.concatenate([leaf.ravel() for leaf in jax.tree.leaves(v)]),
+            "Gram": flat @ flat.T,
+            "Hessian": jax.jvp(mean_gradient, (params,), (v,))[1],
+            "gradient": mean_gradient(params),
+            "autodiff": mean_gradient(params),
+        }
+
+    check_equal(compiled(ours, params, *data), compiled(wanted, params, *data))
 
 
 @pytest.mark.parametrize("method", ["manual", "autodiff"])
