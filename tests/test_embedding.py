@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import pytest
+from definitions import compiled
 
 import functional_bp as bp
 from functional_bp import contractions
@@ -36,9 +37,15 @@ def test_rows_meet_other_factors_as_their_matrices_do(other):
         f = Rows(jax.random.randint(jax.random.key(2), (3, 6), 0, 5), normal(3, 3, 6, 2), 5)
     else:
         f = Outer(normal(2, 3, 6, 5), normal(3, 3, 6, 2))
-    for a, b in ((rows, f), (f, rows)):
-        assert jnp.allclose(a.inner(b), jnp.einsum("noi,noi->n", a.each(), b.each()), 1e-12)
-        assert jnp.allclose(a.gram(b), jnp.einsum("noi,moi->nm", a.each(), b.each()), 1e-12)
+
+    def both(a, b):
+        matrices = a.each(), b.each()
+        wanted = jnp.einsum("noi,noi->n", *matrices), jnp.einsum("noi,moi->nm", *matrices)
+        return (a.inner(b), a.gram(b)), wanted
+
+    for pair in ((rows, f), (f, rows)):
+        for found, wanted in zip(*compiled(both, *pair)):
+            assert jnp.allclose(found, wanted, 1e-12)
 
 
 def test_norms_of_a_tied_language_model_equal_autodiff():
@@ -48,17 +55,20 @@ def test_norms_of_a_tied_language_model_equal_autodiff():
     )
     ids = jax.random.randint(key, (3, 6), 0, 7)
     x, y = ids[:, :-1], {"y": ids[:, 1:], "length": jnp.array([5, 2, 0])}
-    params = model.init(key, x[0])
+    params = compiled(model.init, key, x[0])
 
-    def reference(x, y):
+    def reference(params, x, y):
         x, y = jax.tree.map(lambda leaf: leaf[None], (x, y))
         return bp.grad(model, softmax_cross_entropy, method="autodiff")(params, x, y)
 
-    each = jax.vmap(reference)(x, y)
+    def found(*data):
+        quantities = bp.per_example_grad_norms, bp.grad
+        return [quantity(model, softmax_cross_entropy)(*data) for quantity in quantities]
+
+    each = compiled(jax.vmap(reference, (None, 0, 0)), params, x, y)
+    norms, gradient = compiled(found, params, x, y)
     squares = sum(jnp.sum(g**2, axis=range(1, g.ndim)) for g in jax.tree.leaves(each))
-    norms = jax.jit(bp.per_example_grad_norms(model, softmax_cross_entropy))(params, x, y)
     assert jnp.allclose(norms, jnp.sqrt(squares), 1e-11)
-    gradient = jax.jit(bp.grad(model, softmax_cross_entropy))(params, x, y)
     for found, wanted in zip(jax.tree.leaves(gradient), jax.tree.leaves(each), strict=True):
         assert jnp.allclose(found, wanted.mean(0), 1e-11, 1e-12)
 
@@ -85,11 +95,14 @@ def test_loss_is_the_mean_over_valid_positions(where):
     a, ids = normal(0, 2, 4, 3), jnp.array([[0, 2, 1, 9], [9, 9, -1, 9]])
     valid = jnp.array([[True, True, True, False], [False] * 4])
     y = {"y": ids} | ({"mask": valid} if where == "mask" else {"length": valid.sum(1)})
-    costs = jax.vmap(softmax_cross_entropy.value)(a, y)
+
+    def quantities(a, y):
+        value, delta = softmax_cross_entropy.value, softmax_cross_entropy.delta
+        return [jax.vmap(f)(a, y) for f in (value, delta, jax.grad(value))]
+
+    costs, delta, by_autodiff = compiled(quantities, a, y)
     wanted = softmax_cross_entropy.value(a[0, :3], ids[0, :3])
     assert jnp.allclose(costs, jnp.array([wanted, 0]), 1e-12)
-    delta = jax.vmap(softmax_cross_entropy.delta)(a, y)
-    by_autodiff = jax.vmap(jax.grad(softmax_cross_entropy.value))(a, y)
     assert jnp.allclose(delta, by_autodiff, 1e-12, 1e-15)
     assert jnp.allclose(bp.losses.perplexity(a, y), jnp.exp(wanted), 1e-12)
     assert jnp.allclose(bp.losses.perplexity(jnp.zeros_like(a), y), 3, 1e-12)

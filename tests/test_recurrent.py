@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from definitions import compiled
 
 import functional_bp as bp
 from functional_bp import contractions
@@ -38,6 +39,35 @@ def moved(params):
     return tree.unflatten([p + 0.3 * jax.random.normal(k, p.shape) for p, k in zip(leaves, keys)])
 
 
+def drawn(model, x):
+    """Parameters for a batch, moved from where they begin."""
+    example = jax.tree.map(lambda leaf: leaf[0], x)
+    return compiled(lambda example: moved(model.init(key, example)), example)
+
+
+def by_hand(model):
+    """Costs, gradient and squared norms."""
+
+    @jax.jit
+    def found(params, x, y):
+        costs, backward = recursion(model.batched, squared_error, params, x, y)
+        ones = jnp.ones_like(costs)
+        return costs, backward(ones, contractions.total), backward(ones, contractions.squared_norm)
+
+    return found
+
+
+def there_and_back(model):
+    """Outputs, ∂C/∂(input) and totals, from ∂C/∂(outputs)."""
+
+    @jax.jit
+    def found(params, x, dy):
+        y, residuals = model.batched.forward(params, x)
+        return y, *model.batched.backward(params, residuals, dy, contractions.total)
+
+    return found
+
+
 def normal(seed, *shape):
     return jax.random.normal(jax.random.key(seed), shape)
 
@@ -55,14 +85,8 @@ def state(cell, seed, *axes):
 
 def prove(model, x, tolerance=1e-11):
     """Costs, gradient and norms against autodiff of the textbook, example by example."""
-    params = moved(model.init(key, jax.tree.map(lambda leaf: leaf[0], x)))
+    params = drawn(model, x)
     y = normal(9, *jax.eval_shape(model.apply, params, x).shape)
-
-    @jax.jit
-    def found(params, x, y):
-        costs, backward = recursion(model.batched, squared_error, params, x, y)
-        ones = jnp.ones_like(costs)
-        return costs, backward(ones, contractions.total), backward(ones, contractions.squared_norm)
 
     @jax.jit
     @functools.partial(jax.vmap, in_axes=(None, 0, 0))
@@ -73,7 +97,7 @@ def prove(model, x, tolerance=1e-11):
     costs, gradients = wanted(params, x, y)
     total = jax.tree.map(lambda g: g.sum(0), gradients)
     squared_norms = jax.tree.map(lambda g: (g**2).sum(range(1, g.ndim)), gradients)
-    assert error(found(params, x, y), (costs, total, squared_norms)) <= tolerance
+    assert error(by_hand(model)(params, x, y), (costs, total, squared_norms)) <= tolerance
 
 
 LENGTHS = jnp.array([0, 9, 6])
@@ -162,10 +186,9 @@ def test_outputs_and_gradients_equal_pytorch(kind, both_ways):
     layer = CELLS[kind](arrays["weight_hh_l0"].shape[1])
     model = bp.bidirectional(layer) if both_ways else layer
     x = {"x": jnp.asarray(arrays["x"]), "state": jax.tree.map(jnp.asarray, states("state"))}
-    y, residuals = model.batched.forward(parameters(), x)
-    assert error(y, {"x": arrays["y"], "state": states("final")}) <= 1e-12
     dy = {"x": arrays["dy"], "state": states("dfinal")}
-    dx, gradient = model.batched.backward(parameters(), residuals, dy, contractions.total)
+    y, dx, gradient = there_and_back(model)(parameters(), x, dy)
+    assert error(y, {"x": arrays["y"], "state": states("final")}) <= 1e-12
     assert error(dx, {"x": arrays["dx"], "state": states("dstate")}) <= 1e-11
     assert error(gradient, parameters("d_")) <= 1e-11
 
@@ -179,22 +202,20 @@ def test_padding_changes_nothing(reverse):
     in the padding is seen."""
     layer = bp.gru(H, reverse=reverse)
     model = bp.chain(layer, bp.entry("x"))
-    loss = bp.losses.squared_error
     x, y = normal(1, N, 6, D), normal(2, N, 6, H)
-    params = moved(model.init(key, {"x": x[0]}))
+    params = drawn(model, {"x": x})
     padded = jnp.concatenate([x, jnp.full((N, 3, D), jnp.nan)], 1)
     padded = {"x": padded, "length": jnp.full(N, 6)}
     target = jnp.concatenate([y, jnp.zeros((N, 3, H))], 1)
-    for quantity in (bp.value_and_grad, bp.per_example_grad_norms):
-        fn = jax.jit(quantity(model, loss))
-        assert error(fn(params, padded, target), fn(params, {"x": x}, y)) <= 1e-12
+    found = by_hand(model)
+    assert error(found(params, padded, target), found(params, {"x": x}, y)) <= 1e-12
 
 
 def test_last_output_is_that_of_the_last_valid_step():
     x = {"x": normal(1, N, 9, D), "length": LENGTHS}
-    params = bp.lstm(H).init(key, x["x"][0])
-    every = bp.lstm(H).apply(params, x)["x"]
-    last = bp.lstm(H, output="last").apply(params, x)["x"]
+    params = drawn(bp.lstm(H), x)
+    layers = bp.lstm(H), bp.lstm(H, output="last")
+    every, last = compiled(lambda *data: [layer.apply(*data)["x"] for layer in layers], params, x)
     assert error(last[1:], jnp.stack([every[1, 8], every[2, 5]])) == 0
     assert not last[0].any()
 
@@ -203,23 +224,22 @@ def test_a_stream_in_chunks_carries_its_states():
     """Two layers over two chunks of 4 give the outputs of 8 steps, and truncation at 4 gives the
     sum of the chunks' gradients."""
     model = bp.chain(bp.lstm(H), bp.gru(H))
-    params = moved(model.init(key, jnp.zeros((8, D))))
     x, dy = normal(1, N, 8, D), normal(2, N, 8, H)
+    params, of_chunk = drawn(model, x), there_and_back(model)
     states = jax.tree.map(
         lambda s: jnp.zeros_like(s, shape=(N, H)), (state("lstm", 0), state("gru", 0))
     )
     gradients, outputs = [], []
     for begin in (0, 4):
         chunk = {"x": x[:, begin : begin + 4], "state": states}
-        y, residuals = model.batched.forward(params, chunk)
-        states = y["state"]
         d_out = {"x": dy[:, begin : begin + 4], "state": jax.tree.map(jnp.zeros_like, states)}
-        gradients.append(model.batched.backward(params, residuals, d_out, contractions.total)[1])
+        y, _, gradient = of_chunk(params, chunk, d_out)
+        states = y["state"]
+        gradients.append(gradient)
         outputs.append(y["x"])
 
     truncated = bp.chain(bp.lstm(H, truncate=4), bp.gru(H, truncate=4))
-    y, residuals = truncated.batched.forward(params, x)
-    _, gradient = truncated.batched.backward(params, residuals, dy, contractions.total)
+    y, _, gradient = there_and_back(truncated)(params, x, dy)
     assert error(jnp.concatenate(outputs, 1), y) <= 1e-12
     assert error(gradient, jax.tree.map(jnp.add, *gradients)) <= 1e-12
 
@@ -228,16 +248,20 @@ def test_deltas_are_those_of_the_states_through_time():
     """∂C/∂h_t is the gradient of a zero added to h_t, here at the first step alone."""
     model = bp.rnn(H)
     x, y = normal(1, N, 5, D), normal(2, N, 5, H)
-    params = moved(model.init(key, x[0]))
-    deltas = bp.deltas(model, squared_error)(params, x, y)
+    params = drawn(model, x)
 
     def cost_of_state(h):
         after = {"x": x[:, 1:], "state": ({"h": h},)}
         a = bp.rnn(H).apply(params, after)["x"]
         return 0.5 * ((a - y[:, 1:]) ** 2).sum() + 0.5 * ((h - y[:, 0]) ** 2).sum()
 
+    def both():
+        at_first = jax.grad(cost_of_state)(model.apply(params, x)[:, 0])
+        return bp.deltas(model, squared_error)(params, x, y), at_first
+
+    deltas, at_first = compiled(both)
     assert deltas.shape == (N, 5, H)
-    assert error(deltas[:, 0], jax.grad(cost_of_state)(model.apply(params, x)[:, 0])) <= 1e-12
+    assert error(deltas[:, 0], at_first) <= 1e-12
 
 
 def test_compiled_program_does_not_grow_with_time():
