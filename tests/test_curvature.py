@@ -233,6 +233,20 @@ def test_curvature_equals_backpack_and_kfac_jax():
         close(exact[i]["weight"].G, r[f"kfac_jax_exact_G{i}"])
 
 
+def test_sampled_kronecker_factors_approach_the_exact_ones():
+    model, loss, *data = case("mixed")
+
+    def both(*data):
+        key = jax.random.key(1)
+        sampled = bp.kronecker_factors(model, loss, fisher="sampled", samples=2000)
+        exact = bp.kronecker_factors(model, loss, fisher="exact")
+        return sampled(*data, key=key)[4]["weight"], exact(*data)[4]["weight"]
+
+    sampled, exact = compiled(both, *data)
+    np.testing.assert_allclose(sampled.A, exact.A, rtol=1e-12)
+    assert jnp.abs(sampled.G - exact.G).max() < 0.1 * exact.G.max()
+
+
 def test_what_a_loss_does_not_state_is_asked_for():
     loss = bp.losses.loss(lambda a, y: (a**4).sum(), lambda a, y: 4 * a**3, name="quartic")
     model, _, *data = case("mixed")

@@ -223,6 +223,7 @@ def test_quantities_under_a_key_are_those_of_the_masks_it_draws():
             "dots": bp.grad_dots(model, loss)(params, x, y, v, **given),
             "Gram": bp.grad_gram(model, loss)(params, x, y, **given),
             "Hessian": bp.hvp(model, loss)(params, x, y, v, **given),
+            "Gauss–Newton": bp.ggnvp(model, loss)(params, x, y, v, **given),
             "gradient": bp.grad(model, loss)(params, x, y, **given),
             "autodiff": bp.grad(model, loss, method="autodiff")(params, x, y, **given),
         }
@@ -231,16 +232,22 @@ def test_quantities_under_a_key_are_those_of_the_masks_it_draws():
         keys = jax.random.split(jax.random.split(key, 3)[1], N)
         masks = jax.vmap(lambda k: jax.random.bernoulli(k, 0.5, (8,)))(keys)
 
-        def cost(params, x, y, mask):
+        def output(params, x, mask):
             hidden = params[0]["weight"] @ x + params[0]["bias"]
-            a = params[2]["weight"] @ jnp.where(mask, 2 * hidden, 0) + params[2]["bias"]
-            return loss.value(a, y)
+            return params[2]["weight"] @ jnp.where(mask, 2 * hidden, 0) + params[2]["bias"]
 
-        def mean_gradient(params):
-            return jax.grad(lambda p: jax.vmap(cost, (None, 0, 0, 0))(p, x, y, masks).mean())(
-                params
-            )
+        def outputs(params):
+            return jax.vmap(output, (None, 0, 0))(params, x, masks)
 
+        def cost(params, x, y, mask):
+            return loss.value(output(params, x, mask), y)
+
+        def mean_cost(params):
+            return jax.vmap(loss.value)(outputs(params), y).mean()
+
+        gradient, hessian_v = jax.jvp(jax.grad(mean_cost), (params,), (direction(params),))
+        _, outputs_v = jax.jvp(outputs, (params,), (direction(params),))
+        _, from_outputs = jax.vjp(outputs, params)
         each = jax.vmap(jax.grad(cost), (None, 0, 0, 0))(params, x, y, masks)
         flat = jnp.concatenate([g.reshape(N, -1) for g in jax.tree.leaves(each)], 1)
         v = direction(params)
@@ -253,9 +260,10 @@ def test_quantities_under_a_key_are_those_of_the_masks_it_draws():
             "second moment": jax.tree.map(lambda g: (g**2).mean(0), each),
             "dots": flat @ jnp.concatenate([leaf.ravel() for leaf in jax.tree.leaves(v)]),
             "Gram": flat @ flat.T,
-            "Hessian": jax.jvp(mean_gradient, (params,), (v,))[1],
-            "gradient": mean_gradient(params),
-            "autodiff": mean_gradient(params),
+            "Hessian": hessian_v,
+            "Gauss–Newton": from_outputs(outputs_v / N)[0],  # of the squared error H = 1
+            "gradient": gradient,
+            "autodiff": gradient,
         }
 
     check_equal(compiled(ours, params, *data), compiled(wanted, params, *data))

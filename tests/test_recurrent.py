@@ -195,11 +195,11 @@ def test_outputs_and_gradients_equal_pytorch(kind, both_ways):
 # ---- lengths, states, truncation, deltas ------------------------------------------------------
 
 
-@pytest.mark.parametrize("reverse", [False, True])
-def test_padding_changes_nothing(reverse):
+@pytest.mark.parametrize("options", [{}, {"reverse": True, "truncate": 4}], ids=str)
+def test_padding_changes_nothing(options):
     """Outputs, gradients and norms of a padded sequence are those of the sequence; not even NaN
-    in the padding is seen."""
-    layer = bp.gru(H, reverse=reverse)
+    in the padding is seen, and truncation counts the steps that are valid."""
+    layer = bp.gru(H, **options)
     model = bp.chain(layer, bp.entry("x"))
     x, y = normal(1, N, 6, D), normal(2, N, 6, H)
     params = drawn(model, {"x": x})
@@ -241,6 +241,34 @@ def test_a_stream_in_chunks_carries_its_states():
     y, _, gradient = there_and_back(truncated)(params, x, dy)
     assert error(jnp.concatenate(outputs, 1), y) <= 1e-12
     assert error(gradient, jax.tree.map(jnp.add, *gradients)) <= 1e-12
+
+
+def test_every_layer_of_a_chain_has_its_states_and_their_deltas():
+    """Two directions take two states; one that is given takes the place of a trained one."""
+    model = bp.chain(bp.bidirectional(bp.rnn(H)), bp.rnn(H, trained_state=True))
+    x = {"x": normal(1, N, 3, D), "state": tuple(state("rnn", seed, N) for seed in (2, 3, 4))}
+    dy = {"x": normal(5, N, 3, H), "state": tuple(state("rnn", seed, N) for seed in (6, 7, 8))}
+    params = drawn(model, x)
+
+    def wanted(params, x, dy):
+        _, back = jax.vjp(model.apply, params, x)
+        below = {"x": x["x"], "state": x["state"][:2]}
+        between = bp.bidirectional(bp.rnn(H)).apply(params[0], below)
+        above = {"x": between["x"], "state": x["state"][2:]}
+        top = bp.rnn(H, trained_state=True).apply(params[1], above)
+        gradient, dx = back(dy)
+        return {"x": top["x"], "state": between["state"] + top["state"]}, dx, gradient
+
+    found = there_and_back(model)(params, x, dy)
+    assert error(found, compiled(wanted, params, x, dy)) <= 1e-11
+
+
+def test_truncation_longer_than_the_sequence_cuts_nothing():
+    """Not even what reaches a trained initial state."""
+    x, y = normal(1, N, 3, D), normal(2, N, 3, H)
+    cut, whole = (bp.rnn(H, trained_state=True, truncate=k) for k in (3, None))
+    params = drawn(whole, x)
+    assert error(by_hand(cut)(params, x, y), by_hand(whole)(params, x, y)) <= 1e-12
 
 
 def test_deltas_are_those_of_the_states_through_time():
