@@ -299,16 +299,18 @@ class _ThroughTime:
         step saved."""
         steps, examples, features = xs.shape
         p = product(params["weight_x"], xs.reshape(-1, features).T)
-        # A step reads what lies together: strided, the gates of one example took ten times as long.
-        p = jnp.moveaxis(p.reshape(-1, steps, examples), 1, 0)
+        p, axis = p.reshape(-1, steps, examples), 1
+        if examples < 8:  # too few for a step to read them where they lie, in pieces
+            p, axis = jnp.moveaxis(p, 1, 0), 0
 
         def step(state: State, at_t: Tree) -> tuple[State, tuple[Array, Tree]]:
-            p_t, valid = at_t
+            t, valid = at_t
+            p_t = lax.dynamic_index_in_dim(p, t, axis, keepdims=False)
             new, saved = self.cell.forward(params, state, p_t + params["bias"][:, None])
             new = where(valid, new, state)
             return new, (new["h"], saved)
 
-        state, (hs, saved) = lax.scan(step, state, (p, valid))
+        state, (hs, saved) = lax.scan(step, state, (jnp.arange(steps), valid))
         return state, turned(hs), saved
 
     def backward(
