@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import jax
@@ -113,7 +114,9 @@ def residual(layer: Layer, shortcut: Layer = identity) -> Layer:
     Backward: δ goes down both ways, ∂C/∂x = ∂C/∂x through layer + ∂C/∂x through shortcut.
     (He et al. 2016, "Deep residual learning", eq. 1 and 2.)
 
-    Parameters are the tuple ``(layer's, shortcut's)``, the second ``()`` for the identity.
+    Of a sequence with its length or states (``bp.through_time``) ``x`` alone is added; length and
+    states are the layer's. Parameters are the tuple ``(layer's, shortcut's)``, the second ``()``
+    for the identity.
 
     Raises:
       ModelError: where the two outputs differ in shape.
@@ -135,14 +138,23 @@ def residual(layer: Layer, shortcut: Layer = identity) -> Layer:
     def forward(params: Tree, x: Tree, key: Array | None = None) -> tuple[Tree, Tree]:
         ys, residuals = both.forward(params, x, key)
         check(ys)
+        if _is_sequence(ys[0]):
+            return {**ys[0], "x": ys[0]["x"] + ys[1]["x"]}, residuals
         return jax.tree.map(jnp.add, *ys), residuals
 
     def backward(
         params: Tree, residuals: Tree, dy: Tree, contract: Tree = keep
     ) -> tuple[Tree, Tree]:
-        return both.backward(params, residuals, (dy, dy), contract)
+        around = dy
+        if _is_sequence(dy):
+            around = {**jax.tree.map(jnp.zeros_like, dy), "x": dy["x"]}
+        return both.backward(params, residuals, (dy, around), contract)
 
     return _combined("residual", residual, (layer, shortcut), init, forward, backward)
+
+
+def _is_sequence(tree: Tree) -> bool:
+    return isinstance(tree, dict) and "x" in tree and ("length" in tree or "state" in tree)
 
 
 def repeat(layer: Layer, n: int) -> Layer:
@@ -158,8 +170,8 @@ def repeat(layer: Layer, n: int) -> Layer:
       ModelError: where the layer changes its input's shape or dtype.
     """
     _check_layers("repeat", (layer,))
-    if n < 1:
-        raise ModelError(f"repeat: takes at least 1 layer, got {n}")
+    if not isinstance(n, Integral) or n < 1:
+        raise ModelError(f"repeat: takes a whole number of layers, at least 1, got {n!r}")
 
     def check(x: Tree, y: Tree) -> None:
         if described(y) != described(x):

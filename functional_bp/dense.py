@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from numbers import Integral
 from typing import Any
 
 import jax
@@ -50,8 +51,8 @@ def dense(
       ModelError: if the input is not floating-point, has no feature axis, or does not have the
         number of features that the weight takes; if the parameters are not a dense layer's.
     """
-    if features < 1:
-        raise ModelError(f"dense: takes at least 1 unit, got {features}")
+    if not isinstance(features, Integral) or features < 1:
+        raise ModelError(f"dense: takes a whole number of units, at least 1, got {features!r}")
     names = ("weight", "bias") if bias else ("weight",)
 
     def init(key: Array, x: Array) -> Tree:

@@ -12,7 +12,7 @@ from jax import Array
 from .contractions import Contraction, drop, each, total
 from .factors import Itself
 from .freezing import Frozen, frozen_leaves, merged, trainable
-from .layer import Layer, textbook
+from .layer import Layer, ModelError, textbook
 from .losses import Loss
 from .microbatches import in_microbatches
 from .recursion import check_batch, checked_weights, recursion
@@ -52,6 +52,8 @@ def value_and_grad(
       ValueError: for an unknown method.
       ModelError: when called with what does not fit the model.
     """
+    if not isinstance(model, Layer) or not isinstance(loss, Loss):
+        raise ModelError(f"takes a layer and a loss of bp.losses, got {model!r} and {loss!r}")
     if method not in METHODS:
         raise ValueError(f"method: takes one of {METHODS}, got {method!r}")
     batched = model.batched if method == "manual" else textbook(model.batched)

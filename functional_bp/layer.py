@@ -54,9 +54,11 @@ class Layer:
     Attributes:
       name: how errors and summaries call it, such as ``dense(256)``.
       init: ``(key, x) -> params``; ``x`` is one example's input or its ``ShapeDtypeStruct``.
-      forward: ``(params, x, key=None) -> (y, residuals)``.
-      backward: ``(params, residuals, dy, contract=keep) -> (dx, results)``; without a
-        contraction it returns the factored gradients themselves.
+      forward: ``(params, x, key=None) -> (y, residuals)``, of one example.
+      backward: ``(params, residuals, dy, contract=keep) -> (dx, results)``, of one example; without
+        a contraction it returns the factored gradients themselves.
+      apply: ``(params, x, key=None) -> y``, over a batch: what one calls to predict.
+      batched: the layer whose ``forward`` and ``backward`` are over a batch.
       reference: ``(params, x, key=None) -> y``, the textbook formula, where ``forward`` is not
         what one would write for autodiff; what autodiff and the proofs differentiate.
       probe: ``(params, residuals, dy) -> (dx, δ)``, of a batched form, where the δ that
@@ -89,6 +91,11 @@ class Layer:
         Without ``key`` nothing is random (inference): dropout is the identity.
         """
         return self.batched.forward(params, x, key)[0]
+
+    def __call__(self, *_: Any, **__: Any) -> Any:
+        raise ModelError(
+            f"{self.name}: is a layer, not a function; model.apply(params, x) gives outputs"
+        )
 
     def __repr__(self) -> str:
         return self.name

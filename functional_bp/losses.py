@@ -5,6 +5,22 @@ backward begins the recursion: ∂C/∂a, which is δ^L where the loss is fused 
 
     loss.value(a, y) -> C           a scalar
     loss.delta(a, y) -> ∂C/∂a       the shape of a
+
+One example's cost, with p = softmax(a) or sigmoid(a):
+
+    squared_error                   ½ Σ_j (a_j − y_j)²
+    mean_squared_error              mean over j of (a_j − y_j)²
+    absolute_error                  Σ_j |a_j − y_j|
+    huber(t)                        Σ_j ½ e_j², or t (|e_j| − ½ t) beyond t;  e = a − y
+    hinge                           Σ_j max(0, 1 − y_j a_j);  y_j −1 or 1
+    softmax_cross_entropy           mean over positions of −Σ_k y_k log p_k
+    smoothed_softmax_cross_entropy(α)   the same with (1 − α) one_hot(y) + α / K
+    kl_divergence                   mean over positions of Σ_k y_k log(y_k / p_k)
+    sigmoid_cross_entropy           −Σ_k [y_k log p_k + (1 − y_k) log(1 − p_k)]
+
+For ``softmax_cross_entropy`` a is ``(*positions, classes)`` and y the class ids ``(*positions)``
+or probabilities of a's shape. Where only some positions count, y is a dict of ``y`` and ``length``,
+the first so many, or of ``y`` and ``mask``, bools ``(*positions)``; the mean is over those.
 """
 
 from __future__ import annotations
@@ -111,7 +127,8 @@ def _same_shape(a: Array, y: Array) -> None:
 def _is_array(a: Tree, y: Tree) -> None:
     if not (hasattr(a, "shape") and hasattr(y, "shape")):
         raise ModelError(
-            f"takes one array of outputs and one of targets, got {described(a)} and {described(y)}"
+            "takes one array of outputs and one of targets, or a dict of y and length or mask "
+            f"where the loss knows them, got {described(a)} and {described(y)}"
         )
 
 

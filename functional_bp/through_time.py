@@ -49,7 +49,11 @@ speed, few enough for a block to stay in the cache and to be small beside what a
 
 @dataclass(frozen=True)
 class Cell:
-    """One step of a recurrent layer, for examples as columns: a vector ``(h,)`` is ``(h, n)``.
+    """One step of a recurrent layer, for examples as columns.
+
+    A state's vector ``(h,)`` comes as ``(h, n)`` and p_t = W_x x_t + b, made beforehand, as
+    ``(k, n)``. Parameters stay as they are: ``weight_h @ s["h"]`` is right as it stands, and a
+    vector takes ``[:, None]``.
 
     Attributes:
       name: how errors call the layer.
@@ -165,11 +169,13 @@ def through_time(
 
         x       (t, d)
         length  an integer from 0 to t: the steps from there on are padding. They change nothing,
-                neither the state nor any gradient, and their outputs are 0
+                neither the state nor any gradient, and their outputs are 0. (Traced, it cannot
+                be looked at: a longer one counts as t.)
         state   a tuple of initial states, one for each recurrent layer that the tree passes. This
                 layer takes the first, a dict of ``(h,)``, and puts its final one at the end, so
                 that a chain turns the initial states of its layers into their final states, in
-                the same order
+                the same order. Give exactly one for each recurrent layer of the model: of more,
+                those left over come first
 
     of which ``length`` and ``state`` may be left out. The output is an array for an array; for a
     tree it is the same tree with the outputs in place of ``x``. Without a state given, the
@@ -442,7 +448,7 @@ class _ThroughTime:
         if "state" in inputs:
             return jax.tree.map(jnp.transpose, inputs["state"][0])
         x = inputs["x"]
-        shape, dtype = (self.cell.hidden, x.shape[0]), jnp.result_type(x, params["weight_h"])
+        shape, dtype = (self.cell.hidden, x.shape[0]), jnp.result_type(x, params["weight_x"])
         if self.trained_state:
             state = params["state"].items()
             return {part: jnp.broadcast_to(s[:, None], shape).astype(dtype) for part, s in state}
@@ -504,9 +510,9 @@ def _output(x: Tree, y: Array, final: State) -> Tree:
 def as_tree(x: Tree) -> Tree:
     """The input of a recurrent layer as a tree: ``x`` and, if given, ``length`` and ``state``."""
     tree = x if isinstance(x, dict) else {"x": x}
-    if "x" not in tree or set(tree) - {"x", "length", "state"}:
+    if "x" not in tree or set(tree) - {"x", "length", "state"} or not hasattr(tree["x"], "ndim"):
         raise ModelError(
-            f"takes an array (time, features), or a tree of x, length and state, got {list(tree)}"
+            f"takes an array (time, features), or a dict of x, length and state, got {described(x)}"
         )
     return tree
 

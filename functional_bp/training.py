@@ -451,8 +451,12 @@ def _advance(
         trained, opt_state, step = state
         batch = {"weights": weights, "key": None if key is None else jax.random.fold_in(key, step)}
         cost, gradient = value(merged(trained, rest), x, y, **batch)
-        # What some optimisers ask for besides: plateaus the cost, line searches the function.
+        # What some optimisers ask for besides: plateaus the cost, line searches the function,
+        # curvature the batch.
         extra = {
+            **batch,
+            "x": x,
+            "y": y,
             "value": cost,
             "grad": gradient,
             "value_fn": lambda trained: differentiable(merged(trained, rest), x, y, **batch)[0],

@@ -1,5 +1,7 @@
 """What does not fit is named: the layer by its place, what was given, what is taken."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -189,6 +191,19 @@ def test_an_argument_out_of_range_is_named(argument):
         ARGUMENTS[argument]()
 
 
+SEPARATE = """per_example_grads per_example_grad_norms clipped_grad grad_second_moment
+    grad_variance grad_noise_scale grad_diversity grad_gram grad_dots ggnvp ggn_diagonal
+    kronecker_factors"""
+
+
+@pytest.mark.parametrize("quantity", SEPARATE.split())
+def test_a_layer_that_mixes_examples_has_no_quantities_of_one(quantity):
+    mixing = dataclasses.replace(bp.dense(3), mixes_examples=True)
+    bound = (1.0,) if quantity == "clipped_grad" else ()
+    with pytest.raises(bp.ModelError, match=r"mixes the examples .* use a layer that does not"):
+        getattr(bp, quantity)(bp.chain(bp.relu, mixing), LOSS, *bound)
+
+
 @pytest.mark.parametrize("max_norm", [0.0, -1.0, float("nan")])
 def test_a_bound_that_is_not_above_zero_is_refused(max_norm):
     with pytest.raises(ValueError, match="max_norm: takes a number above 0"):
@@ -206,3 +221,15 @@ def test_an_error_inside_a_users_rule_says_where_it_was():
         bp.chain(bp.relu, broken).apply(((), ()), X)
     assert [note for note in raised.value.__notes__ if "broken" in note]
     assert [note for note in raised.value.__notes__ if "chain[1]" in note]
+
+
+def test_what_is_not_a_layer_or_a_loss_is_named():
+    model, loss = bp.dense(2), bp.losses.squared_error
+    for given in ((loss, model), (model, lambda a, y: 0.0)):
+        with pytest.raises(bp.ModelError, match="takes a layer and a loss"):
+            bp.value_and_grad(*given)
+    with pytest.raises(bp.ModelError, match="relu: is a layer, not a function"):
+        bp.relu()
+    for layer in (lambda: bp.dense(2.5), lambda: bp.repeat(model, 2.0)):
+        with pytest.raises(bp.ModelError, match="takes a whole number of"):
+            layer()

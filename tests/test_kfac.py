@@ -119,3 +119,10 @@ def test_options_out_of_range_are_named(options):
     model, loss, _, x, y = case("mixed")
     with pytest.raises(ValueError, match=next(iter(options))):
         bp.kfac(model, loss, 0.1, batch=(x, y), **options)
+
+
+def test_fit_hands_kfac_its_batches():
+    model, loss, params, x, y = case("mixed")
+    optimizer = bp.kfac(model, loss, 0.1, batch=(x, y), damping=0.1)
+    run = bp.fit(model, loss, params, [(x, y)], optimizer, epochs=10, key=jax.random.key(0))
+    assert run.history.epoch_loss[-1] < 0.8 * run.history.epoch_loss[0]

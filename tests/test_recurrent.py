@@ -219,6 +219,23 @@ def test_last_output_is_that_of_the_last_valid_step():
     assert not last[0].any()
 
 
+def test_a_way_around_a_recurrent_layer_leaves_length_and_states_to_it():
+    layer = bp.lstm(D)
+    around = bp.residual(layer)
+    state = ({"h": normal(2, N, D), "c": normal(3, N, D)},)
+    x = {"x": normal(1, N, 9, D), "length": LENGTHS, "state": state}
+    params = drawn(around, x)
+
+    def outputs(params, x):
+        return around.apply(params, x), layer.apply(params[0], x)
+
+    got, inside = compiled(outputs, params, x)
+    assert error(got["x"], inside["x"] + x["x"]) == 0
+    assert (got["length"] == LENGTHS).all()
+    assert error(got["state"][0]["c"], inside["state"][0]["c"]) == 0
+    bp.testing.check_layer(around, jax.tree.map(lambda leaf: leaf[1], x))
+
+
 def test_a_stream_in_chunks_carries_its_states():
     """Two layers over two chunks of 4 give the outputs of 8 steps, and truncation at 4 gives the
     sum of the chunks' gradients."""
