@@ -175,6 +175,8 @@ def check_resumed(options: argparse.Namespace, characters: list[str]) -> None:
                 f"--resume: takes the text of the run in {options.out}, got one with other "
                 f"characters: {differ}"
             )
+    elif checkpoints(options).exists():
+        raise TextError(f"--resume: takes {known}, the characters of the run to go on with")
     known.write_text(json.dumps(characters), encoding="utf-8")
 
 
