@@ -449,18 +449,18 @@ def _advance(
         state: State, rest: Tree, x: Tree, y: Tree, weights: Array, key: Array | None
     ) -> tuple[State, Array]:
         trained, opt_state, step = state
-        batch = {"weights": weights, "key": None if key is None else jax.random.fold_in(key, step)}
-        cost, gradient = value(merged(trained, rest), x, y, **batch)
+        key = None if key is None else jax.random.fold_in(key, step)
+        batch = {"x": x, "y": y, "weights": weights, "key": key}
+        cost, gradient = value(merged(trained, rest), **batch)
+
+        def value_fn(
+            trained: Tree, x: Tree = x, y: Tree = y, weights: Array = weights, key: Any = key
+        ) -> Array:
+            return differentiable(merged(trained, rest), x, y, weights=weights, key=key)[0]
+
         # What some optimisers ask for besides: plateaus the cost, line searches the function,
         # curvature the batch.
-        extra = {
-            **batch,
-            "x": x,
-            "y": y,
-            "value": cost,
-            "grad": gradient,
-            "value_fn": lambda trained: differentiable(merged(trained, rest), x, y, **batch)[0],
-        }
+        extra = {**batch, "value": cost, "grad": gradient, "value_fn": value_fn}
         updates, opt_state = update(gradient, opt_state, trained, **extra)
         trained = optax.apply_updates(trained, updates)
         return (trained, opt_state, step + 1), jnp.stack([cost, weights.sum().astype(cost.dtype)])
