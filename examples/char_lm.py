@@ -11,8 +11,9 @@ import argparse
 import functools
 import json
 import math
-import shutil
+import os
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,6 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import options
 
 import functional_bp as bp
 
@@ -37,27 +39,32 @@ class TextError(Exception):
 
 
 def main() -> None:
-    options = command_line()
-    text = default_text() if options.text is None else read_text(options.text)
-    least = math.ceil(2 * options.length / HELD_OUT) + 2  # a window to hold out, and then some
+    given = parser().parse_args()
+    text = default_text() if given.text is None else read_text(given.text)
+    least = math.ceil(2 * given.length / HELD_OUT) + 2  # a window to hold out, and then some
     if len(text) < least:
         raise TextError(f"text: takes at least {least:,} characters, got {len(text):,}")
     characters = sorted(set(text))
     ids = np.searchsorted(characters, list(text)).astype(np.int32)
     cut = len(ids) - int(HELD_OUT * len(ids))
     print(f"{cut:,} characters to learn from, {len(ids) - cut:,} held out, {len(characters)} kinds")
-    check_resumed(options, characters)
+    check_resumed(given, characters)
 
-    layers = bp.embedding(len(characters), 64), CELLS[options.cell](options.units)
+    layers = bp.embedding(len(characters), 64), CELLS[given.cell](given.units)
     model = bp.chain(*layers, bp.dense(len(characters)))
-    print(f"\n{bp.summary(model, ids[: options.length])}\n")
-    run = learn(model, ids[:cut], ids[cut:], options)
+    print(f"\n{bp.summary(model, ids[: given.length])}\n")
+    try:
+        run = learn(model, ids[:cut], ids[cut:], given)
+    except KeyboardInterrupt:
+        kept = f"--resume goes on from {checkpoints(given)}"
+        print(f"stopped; {kept if has_checkpoints(given) else 'no step is done'}", file=sys.stderr)
+        sys.exit(130)  # as a program does that Ctrl-C ends
 
     seed_text = text[cut : cut + 1]
     first = np.searchsorted(characters, list(seed_text)).astype(np.int32)
-    for temperature in options.temperature:
-        key = jax.random.key(options.seed)
-        written = sample(layers, run.params, first, options.sample, temperature, key)
+    for temperature in given.temperature:
+        key = jax.random.key(given.seed)
+        written = sample(layers, run.params, first, given.sample, temperature, key)
         print(f"\n--- temperature {temperature} ---")
         print(seed_text + "".join(characters[i] for i in written))
 
@@ -82,12 +89,12 @@ def read_text(path: Path) -> str:
 
 
 def learn(
-    model: bp.Layer, train: np.ndarray, held_out: np.ndarray, options: argparse.Namespace
+    model: bp.Layer, train: np.ndarray, held_out: np.ndarray, given: argparse.Namespace
 ) -> bp.Run:
     """Trains on windows of the text, cut anew every epoch, each from a zero state."""
-    length, size = options.length, options.batch_size
-    steps = options.epochs * sum(1 for _ in windows(train, length, size, (options.seed, 0)))
-    rate = optax.warmup_cosine_decay_schedule(0.0, options.learning_rate, steps // 20, steps)
+    length, size = given.length, given.batch_size
+    steps = given.epochs * sum(1 for _ in windows(train, length, size, (given.seed, 0)))
+    rate = optax.warmup_cosine_decay_schedule(0.0, given.learning_rate, steps // 20, steps)
     begin = time.perf_counter()
 
     def report(run: bp.Run) -> None:
@@ -102,14 +109,14 @@ def learn(
     return bp.fit(
         model,
         LOSS,
-        jax.jit(model.init)(jax.random.key(options.seed), train[:length]),
-        lambda epoch: windows(train, length, size, (options.seed, epoch)),
+        jax.jit(model.init)(jax.random.key(given.seed), train[:length]),
+        lambda epoch: windows(train, length, size, (given.seed, epoch)),
         optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate)),
-        epochs=options.epochs,
+        epochs=given.epochs,
         evaluation=list(windows(held_out, 2 * length, size, None)),
         callbacks=[report],
-        checkpoints=checkpoints(options),
-        resume=options.resume,
+        checkpoints=checkpoints(given),
+        resume=given.resume,
     )
 
 
@@ -157,92 +164,129 @@ def sample(
     return np.asarray(write(start, jax.random.split(key, count))[1])
 
 
-def checkpoints(options: argparse.Namespace) -> Path:
-    return options.out / "char-lm-checkpoints"
+def checkpoints(given: argparse.Namespace) -> Path:
+    return given.out / "char-lm-checkpoints"
 
 
-def check_resumed(options: argparse.Namespace, characters: list[str]) -> None:
+def has_checkpoints(given: argparse.Namespace) -> bool:
+    return any(path.name.isdigit() for path in checkpoints(given).glob("*"))
+
+
+def check_resumed(given: argparse.Namespace, characters: list[str]) -> None:
     """A resumed run takes the characters of the run it goes on with: their ids are the model's."""
-    options.out.mkdir(parents=True, exist_ok=True)
-    known = options.out / "char-lm-characters.json"
-    if not options.resume:
-        shutil.rmtree(checkpoints(options), ignore_errors=True)
-    elif known.exists():
-        theirs = json.loads(known.read_text(encoding="utf-8"))
+    given.out.mkdir(parents=True, exist_ok=True)
+    known = given.out / "char-lm-characters.json"
+    if given.resume and has_checkpoints(given):
+        theirs = read_characters(known)
         if theirs != characters:
             differ = sorted(set(theirs) ^ set(characters))
             raise TextError(
-                f"--resume: takes the text of the run in {options.out}, got one with other "
+                f"--resume: takes the text of the run in {given.out}, got one with other "
                 f"characters: {differ}"
             )
-    elif checkpoints(options).exists():
-        raise TextError(f"--resume: takes {known}, the characters of the run to go on with")
-    known.write_text(json.dumps(characters), encoding="utf-8")
+    else:
+        bp.delete_checkpoints(checkpoints(given))  # refused while another run writes there
+    write_characters(known, characters)
 
 
-def command_line() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+def read_characters(path: Path) -> list[str]:
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise TextError(
+            f"--resume: takes {path}, the characters of the run to go on with: {error.strerror}"
+        ) from error
+    try:
+        characters = json.loads(content)
+    except ValueError:  # neither JSON nor UTF-8
+        characters = None
+    if not isinstance(characters, list) or not all(isinstance(c, str) for c in characters):
+        raise TextError(
+            f"--resume: takes {path}, a JSON list of the characters of the run to go on with, got "
+            f"{len(content)} bytes that are not a whole one"
+        )
+    return characters
+
+
+def write_characters(path: Path, characters: list[str]) -> None:
+    """The file is there whole or not at all, and is left alone where it says the same."""
+    content = json.dumps(characters)
+    try:
+        if path.exists() and path.read_text(encoding="utf-8", errors="replace") == content:
+            return
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as folder:
+            written = Path(folder) / path.name
+            written.write_text(content, encoding="utf-8")
+            os.replace(written, path)
+    except OSError as error:
+        raise TextError(f"{path}: could not be written: {error.strerror}") from error
+
+
+def parser() -> argparse.ArgumentParser:
+    it = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
+    it.add_argument(
         "--text",
         type=Path,
         metavar="FILE",
         help="learn this text, in UTF-8 (default: the topics of Python's help())",
     )
-    parser.add_argument(
+    it.add_argument(
         "--out",
-        type=Path,
+        type=options.folder,
         metavar="DIR",
-        default=Path("out"),
+        default="out",
         help="folder for the checkpoints (default: %(default)s)",
     )
-    parser.add_argument(
+    it.add_argument(
         "--resume",
         action="store_true",
         help="go on from the latest checkpoint in the output folder; a run without this option "
         "deletes the checkpoints there and begins anew",
     )
-    parser.add_argument(
-        "--cell", choices=list(CELLS), default="lstm", help="(default: %(default)s)"
-    )
-    for name, default, meaning in (
-        ("--units", 352, "of the recurrent layer"),
-        ("--epochs", 2, "times to go through the text"),
-        ("--batch-size", 32, "windows for one step"),
-        ("--length", 64, "characters of a window"),
-        ("--sample", 600, "characters to write at the end"),
-        ("--seed", 0, "of weights, windows and samples"),
+    it.add_argument("--cell", choices=list(CELLS), default="lstm", help="(default: %(default)s)")
+    for name, default, most, meaning in (
+        ("--units", 352, 10**4, "of the recurrent layer"),
+        ("--epochs", 2, 10**4, "times to go through the text"),
+        ("--batch-size", 32, 10**6, "windows for one step"),
+        ("--length", 64, 10**6, "characters of a window"),
+        ("--sample", 600, 10**6, "characters to write at the end"),
     ):
-        parser.add_argument(
-            name, type=int, metavar="N", default=default, help=f"{meaning} (default: %(default)s)"
+        it.add_argument(
+            name,
+            type=options.whole(up_to=most),
+            metavar="N",
+            default=default,
+            help=f"{meaning} (default: %(default)s)",
         )
-    parser.add_argument(
+    it.add_argument(
+        "--seed",
+        type=options.seed,
+        metavar="N",
+        default=0,
+        help="of weights, windows and samples (default: %(default)s)",
+    )
+    it.add_argument(
         "--temperature",
-        type=float,
+        type=options.number(above=1e-3, up_to=1e3),
         nargs="+",
         metavar="T",
         default=[0.5, 0.8],
         help="of the samples: below 1 likelier characters, above 1 wilder ones (default: 0.5 0.8)",
     )
-    parser.add_argument(
+    it.add_argument(
         "--learning-rate",
-        type=float,
+        type=options.number(up_to=1e3),
         metavar="R",
         default=1e-2,
         help="of Adam at its highest (default: %(default)s)",
     )
-    options = parser.parse_args()
-    for name in ("units", "epochs", "batch_size", "length", "sample"):
-        if getattr(options, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} takes a number from 1")
-    if not all(temperature > 0 for temperature in options.temperature):
-        parser.error("--temperature takes numbers above 0")
-    return options
+    return it
 
 
 if __name__ == "__main__":
     try:
         main()
-    except (TextError, bp.ModelError) as error:
+    except (TextError, ValueError, FloatingPointError, OSError) as error:
         sys.exit(f"{error}")

@@ -9,7 +9,6 @@ network and a deep relu network while they learn.
 from __future__ import annotations
 
 import argparse
-import shutil
 import statistics
 import sys
 import time
@@ -26,6 +25,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import BoundaryNorm, ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from options import folder, number, seed, whole
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
@@ -41,7 +41,7 @@ Examples = tuple[np.ndarray, np.ndarray]
 
 
 def main() -> None:
-    options = command_line()
+    options = parser().parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     train, held_out = load(options.data)
     print(f"{len(train[1]):,} images to learn from, {len(held_out[1]):,} held out")
@@ -62,10 +62,10 @@ def main() -> None:
     print(f"pictures: {options.out / 'learning.png'}, {options.out / 'errors.png'}")
 
 
-def load(folder: Path | None) -> tuple[Examples, Examples]:
+def load(data: Path | None) -> tuple[Examples, Examples]:
     """Examples to learn from and held out: images (n, pixels) from 0 to 1, and labels (n,)."""
-    if folder is not None:
-        return idx.load(folder, "train"), idx.load(folder, "t10k")
+    if data is not None:
+        return idx.load(data, "train"), idx.load(data, "t10k")
     x, y = load_digits(return_X_y=True)
     x, y = (x / 16).astype(np.float32), y.astype(np.int32)
     split = train_test_split(x, y, test_size=0.2, stratify=y, random_state=5)  # others: 97 to 99 %
@@ -94,7 +94,7 @@ def learn(train: Examples, held_out: Examples, options: argparse.Namespace) -> t
 
     checkpoints = options.out / "digits-checkpoints"
     if not options.resume:
-        shutil.rmtree(checkpoints, ignore_errors=True)
+        bp.delete_checkpoints(checkpoints)
     run = bp.fit(
         MODEL,
         LOSS,
@@ -218,51 +218,47 @@ def save(figure: Figure, panels: list[Any], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def command_line() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    it = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
+    it.add_argument(
         "--data",
-        type=Path,
+        type=folder,
         metavar="DIR",
         help="learn MNIST or Fashion-MNIST from its four IDX files in DIR, plain or gzip "
         "(default: scikit-learn's digits)",
     )
-    parser.add_argument(
+    it.add_argument(
         "--out",
-        type=Path,
+        type=folder,
         metavar="DIR",
-        default=Path("out"),
+        default="out",
         help="folder for the pictures and checkpoints (default: %(default)s)",
     )
-    parser.add_argument(
+    it.add_argument(
         "--resume",
         action="store_true",
         help="go on from the latest checkpoint in the output folder; a run without this option "
         "deletes the checkpoints there and begins anew",
     )
-    for name, default, meaning in (
-        ("--epochs", 20, "times to go through the training images"),
-        ("--batch-size", 32, "images for one step"),
-        ("--deep-steps", 400, "steps for which to train each of the two deep networks"),
-        ("--seed", 0, "of the initial weights and the order of the images"),
+    for name, kind, default, meaning in (
+        ("--epochs", whole(), 20, "times to go through the training images"),
+        ("--batch-size", whole(), 32, "images for one step"),
+        ("--deep-steps", whole(), 400, "steps for which to train each of the two deep networks"),
+        ("--seed", seed, 0, "of the initial weights and the order of the images"),
     ):
-        parser.add_argument(
-            name, type=int, metavar="N", default=default, help=f"{meaning} (default: %(default)s)"
+        it.add_argument(
+            name, type=kind, metavar="N", default=default, help=f"{meaning} (default: %(default)s)"
         )
-    parser.add_argument(
+    it.add_argument(
         "--learning-rate",
-        type=float,
+        type=number(),
         metavar="R",
         default=1e-3,
         help="of Adam (default: %(default)s)",
     )
-    options = parser.parse_args()
-    for name in ("epochs", "batch_size", "deep_steps"):
-        if getattr(options, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} takes a number from 1")
-    return options
+    return it
 
 
 if __name__ == "__main__":

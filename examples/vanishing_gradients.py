@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from matplotlib.figure import Figure
+from options import folder, number, seed, whole
 
 import functional_bp as bp
 
@@ -29,7 +30,7 @@ Batch = tuple[np.ndarray, np.ndarray]
 
 
 def main() -> None:
-    options = command_line()
+    options = parser().parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     held_out = adding_problem(np.random.default_rng(options.seed), 500, options.length)
     print(f"giving 1 always: mean squared error {((held_out[1] - 1) ** 2).mean():.4f}")
@@ -120,38 +121,34 @@ def draw(networks: dict[str, tuple[np.ndarray, np.ndarray, float]], path: Path) 
     figure.savefig(path, dpi=150)
 
 
-def command_line() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    it = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
+    it.add_argument(
         "--out",
-        type=Path,
+        type=folder,
         metavar="DIR",
-        default=Path("out"),
+        default="out",
         help="folder for the picture (default: %(default)s)",
     )
-    for name, default, meaning in (
-        ("--length", 60, "steps of a sequence"),
-        ("--units", 64, "of each network"),
-        ("--steps", 1500, "of training, each on 64 new sequences"),
-        ("--seed", 0, "of weights and sequences"),
+    for name, kind, default, meaning in (
+        ("--length", whole(2), 60, "steps of a sequence"),
+        ("--units", whole(), 64, "of each network"),
+        ("--steps", whole(), 1500, "of training, each on 64 new sequences"),
+        ("--seed", seed, 0, "of weights and sequences"),
     ):
-        parser.add_argument(
-            name, type=int, metavar="N", default=default, help=f"{meaning} (default: %(default)s)"
+        it.add_argument(
+            name, type=kind, metavar="N", default=default, help=f"{meaning} (default: %(default)s)"
         )
-    parser.add_argument(
+    it.add_argument(
         "--learning-rate",
-        type=float,
+        type=number(),
         metavar="R",
         default=3e-3,
         help="of Adam (default: %(default)s)",
     )
-    options = parser.parse_args()
-    for name, least in (("length", 2), ("units", 1), ("steps", 1)):
-        if getattr(options, name) < least:
-            parser.error(f"--{name} takes a number from {least}")
-    return options
+    return it
 
 
 if __name__ == "__main__":

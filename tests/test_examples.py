@@ -1,7 +1,14 @@
 """The examples, as a newcomer runs them, shortened."""
 
+import argparse
+import errno
 import gzip
+import importlib
+import json
+import os
+import re
 import runpy
+import signal
 import struct
 import sys
 from pathlib import Path
@@ -71,7 +78,7 @@ def test_digits_are_learned_with_gradients_equal_to_autodiffs(
 def test_images_of_ones_own_are_learned_and_gone_on_with(train_digits, options, tmp_path, capsys):
     def learn(*given):
         options("--data", written(tmp_path, compress=True), "--out", tmp_path, *given)
-        given = train_digits.command_line()
+        given = train_digits.parser().parse_args()
         run, _ = train_digits.learn(*train_digits.load(given.data), given)
         return run, capsys.readouterr().out
 
@@ -91,6 +98,77 @@ def test_help_says_what_the_example_does(train_digits, options, capsys):
     assert "by the hand-written δ recursion" in out
     for option in ("--data", "--out", "--resume", "--epochs"):
         assert option in out
+
+
+PARSERS = {  # what each example needs
+    "char_lm": "orbax.checkpoint",
+    "dp_sgd": "dp_accounting",
+    "kfac_digits": "matplotlib",
+    "train_digits": "matplotlib",
+    "vanishing_gradients": "matplotlib",
+}
+
+
+@pytest.fixture
+def example(request, monkeypatch):
+    """The module of an example."""
+    pytest.importorskip(PARSERS[request.param])
+    monkeypatch.syspath_prepend(EXAMPLES)
+    module = importlib.import_module(request.param)
+    if not hasattr(module, "parser"):
+        pytest.skip("builds no parser of its own")
+    return module
+
+
+@pytest.mark.parametrize("example", PARSERS, indirect=True)
+def test_every_option_of_every_example_says_what_it_takes(example, tmp_path, capsys):
+    file = tmp_path / "file"
+    file.write_text("not a folder")
+    wrong = {  # by the function of options.py that reads the option
+        "whole": ("", "many", "nan", "1.5", "-1", "1e9", "0"),
+        "number": ("", "much", "nan", "inf", "-inf", "1e999", "-1", "0"),
+        "folder": (file, file / "below", "a" * 1000),
+    }
+    for action in example.parser()._actions:
+        if action.nargs == 0 or action.type is Path:  # a switch; a file, which the example reads
+            continue
+        kind = "choice" if action.choices else action.type.__qualname__.split(".")[0]
+        for value in ("unheard-of",) if action.choices else wrong[kind]:
+            if (action.dest, value) == ("seed", "0"):
+                continue
+            option = action.option_strings[-1]
+            with pytest.raises(SystemExit) as stopped:
+                example.parser().parse_args([f"{option}={value}"])
+            assert stopped.value.code == 2
+            said = capsys.readouterr().err.splitlines()[-1]
+            assert f"error: argument {option}: " in said
+            if action.choices:
+                assert "invalid choice: 'unheard-of' (choose from " in said
+            else:
+                assert re.search(rf": takes a .+[,;] got {re.escape(str(value))}", said), said
+
+
+@pytest.mark.parametrize(
+    ("example", "given", "message"),
+    [
+        ("dp_sgd", "--delta=1", "takes a number above 1e-15, below 1; got 1"),
+        ("dp_sgd", "--rate=1.5", "takes a number above 0.001, up to 1; got 1.5"),
+        ("dp_sgd", "--noise=0.2", "takes a number above 0.2, up to 1e+06; got 0.2"),
+        ("kfac_digits", "--batch=1438", "takes a whole number from 1 to 1437, got 1438"),
+        ("kfac_digits", "--seed=4294967296", "a whole number from 0 to 4294967295, got 4294967296"),
+        ("train_digits", "--epochs=0", "takes a whole number from 1, got 0"),
+        ("vanishing_gradients", "--length=1", "takes a whole number from 2, got 1"),
+    ],
+    indirect=["example"],
+)
+def test_what_is_beyond_a_limit_ends_the_example_in_one_sentence(
+    example, given, message, monkeypatch, capsys
+):
+    monkeypatch.setattr(sys, "argv", [f"{example.__name__}.py", given])
+    with pytest.raises(SystemExit) as stopped:
+        example.main()
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err.rstrip().endswith(message)
 
 
 @pytest.mark.parametrize("compress", [False, True])
@@ -173,7 +251,8 @@ def test_a_text_is_learned_sampled_and_gone_on_with(learn_text):
     _, written = out.rstrip("\n").split("--- temperature 0.5 ---\n")
     assert len(written) == 1 + 7 and set(written) <= set(PANGRAM)
 
-    resumed = learn_text(PANGRAM * 40, "--epochs", 2, "--resume")
+    with pytest.warns(UserWarning, match="optimizer: its updates are others"):  # a longer schedule
+        resumed = learn_text(PANGRAM * 40, "--epochs", 2, "--resume")
     assert "epoch  1" not in resumed and "epoch  2" in resumed
     learning = resumed.split("bits per character: ")[1].split()[0]
     assert float(learning) < bits[0]
@@ -184,6 +263,86 @@ def test_a_text_is_learned_sampled_and_gone_on_with(learn_text):
         learn_text(PANGRAM * 40, "--epochs", 3, "--resume", "--units", 9)
     with pytest.raises(char_lm.TextError, match=r"^--resume: .* other characters: \['!', '\.'\]"):
         learn_text(PANGRAM.replace(".", "!") * 40, "--epochs", 3, "--resume")
+
+
+def test_ctrl_c_ends_the_example_in_a_sentence_and_resume_goes_on(
+    learn_text, tmp_path, monkeypatch, capsys
+):
+    import char_lm
+
+    cut = char_lm.windows
+
+    def pressed(ids, length, size, seed):
+        for i, batch in enumerate(cut(ids, length, size, seed)):
+            if seed == (0, 1) and i == 2:
+                signal.raise_signal(signal.SIGINT)
+            yield batch
+
+    with monkeypatch.context() as patched, pytest.raises(SystemExit) as stopped:
+        patched.setattr(char_lm, "windows", pressed)
+        learn_text(PANGRAM * 40, "--epochs", 2)
+    assert stopped.value.code == 130
+    sentence = f"stopped; --resume goes on from {tmp_path / 'char-lm-checkpoints'}\n"
+    assert capsys.readouterr().err == sentence
+    resumed = learn_text(PANGRAM * 40, "--epochs", 2, "--resume")
+    assert "epoch  1" not in resumed and "epoch  2" in resumed
+
+
+def test_the_characters_of_a_run_are_kept_whole(learn_text, tmp_path, monkeypatch):
+    import char_lm
+
+    def refused(message, *given):
+        with pytest.raises((char_lm.TextError, ValueError), match=message):
+            learn_text(PANGRAM * 40, *given)
+
+    known = tmp_path / "char-lm-characters.json"
+    learn_text(PANGRAM * 40, "--epochs", 1)
+    content, written = known.read_bytes(), known.stat().st_mtime_ns
+    learn_text(PANGRAM * 40, "--epochs", 1, "--resume")
+    assert known.stat().st_mtime_ns == written
+    for spoilt in (b"", content[:20], b"{}", b"\xff"):
+        known.write_bytes(spoilt)
+        message = f"^--resume: takes {known}, a JSON list .* got {len(spoilt)} bytes that are not"
+        refused(message, "--resume")
+        assert known.read_bytes() == spoilt
+    known.unlink()
+    refused(f"^--resume: takes {known}, the characters .*: No such file or directory$", "--resume")
+
+    known.write_bytes(content)
+
+    def full(*paths):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "replace", full)
+        with pytest.raises(char_lm.TextError, match=f"^{known}: could not be written: No space"):
+            learn_text(PANGRAM.upper() * 40)
+    assert known.read_bytes() == content
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "char-lm-characters.json",
+        "char-lm-checkpoints",
+        "text.txt",
+    ]
+
+
+def test_a_run_of_the_example_is_left_alone_by_another(learn_text, tmp_path, monkeypatch):
+    import char_lm
+
+    fit = bp.fit
+
+    def another(*args, callbacks, **given):
+        def run_another(run):
+            monkeypatch.setattr(bp, "fit", fit)
+            for resume in ([], ["--resume"]):
+                with pytest.raises(ValueError, match="is being written by another run"):
+                    learn_text(PANGRAM.upper() * 40, *resume)
+
+        return fit(*args, callbacks=[*callbacks, run_another], **given)
+
+    monkeypatch.setattr(bp, "fit", another)
+    learn_text(PANGRAM * 40, "--epochs", 1)
+    assert json.loads((tmp_path / "char-lm-characters.json").read_text()) == sorted(set(PANGRAM))
+    assert char_lm.has_checkpoints(argparse.Namespace(out=tmp_path))
 
 
 @pytest.mark.parametrize(

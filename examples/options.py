@@ -1,0 +1,61 @@
+"""What the examples take on their command lines: each function is a ``type=`` for argparse."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+
+def whole(least: int = 1, up_to: float = math.inf) -> Callable[[str], int]:
+    """A whole number from ``least``, and at most ``up_to``."""
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = least - 1
+        if not least <= value <= up_to:
+            until = "" if math.isinf(up_to) else f" to {up_to}"
+            raise argparse.ArgumentTypeError(
+                f"takes a whole number from {least}{until}, got {text}"
+            )
+        return value
+
+    return parse
+
+
+def number(
+    above: float = 0.0, up_to: float = math.inf, below: float = math.inf
+) -> Callable[[str], float]:
+    """A finite number above ``above``, at most ``up_to`` and below ``below``."""
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not (above < value <= up_to and value < below):  # also where it is not a number
+            until = "" if math.isinf(up_to) else f", up to {up_to:g}"
+            until += "" if math.isinf(below) else f", below {below:g}"
+            raise argparse.ArgumentTypeError(f"takes a number above {above:g}{until}; got {text}")
+        return value
+
+    return parse
+
+
+seed = whole(0, 2**32 - 1)  # what a JAX key, a NumPy generator and scikit-learn all take
+
+
+def folder(text: str) -> Path:
+    """A folder, which need not exist yet."""
+    path = Path(text)
+    try:
+        for part in (path, *path.parents):
+            if part.exists() and not part.is_dir():
+                raise argparse.ArgumentTypeError(f"takes a folder, got {text}: {part} is a file")
+    except OSError as error:  # a name too long, a folder that may not be entered
+        message = f"takes a folder, got {text}: {error.strerror}"
+        raise argparse.ArgumentTypeError(message) from error
+    return path
