@@ -25,6 +25,8 @@ from .activations import (
     tanh,
 )
 from .batches import minibatches
+from .checkpoint import delete_checkpoints
+from .checks import ModelError
 from .combinators import chain, parallel, repeat, residual, tied
 from .curvature import Kronecker, ggn_diagonal, ggnvp, hvp, kronecker_factors
 from .dense import dense
@@ -34,7 +36,7 @@ from .freezing import merged, trainable
 from .gradients import deltas, grad, value_and_grad
 from .joins import add, concatenate, multiply
 from .kfac import kfac
-from .layer import Layer, ModelError, rule
+from .layer import Layer, rule
 from .moments import (
     empirical_ntk,
     grad_diversity,
@@ -68,6 +70,7 @@ __all__ = [
     "clipped_grad",
     "concatenate",
     "contractions",
+    "delete_checkpoints",
     "deltas",
     "dense",
     "dropout",

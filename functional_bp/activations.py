@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from .layer import Layer, ModelError, check_array, described, no_parameters, rule
+from .checks import ModelError, described
+from .layer import Layer, check_array, no_parameters, rule
 
 Tree = Any
 

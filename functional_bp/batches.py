@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from .layer import ModelError
+from .checks import weights_of, whole
 from .recursion import check_batch
 
 Tree = Any
@@ -33,13 +34,14 @@ def minibatches(
       ``epoch -> iterator`` over batches (x, y).
 
     Raises:
-      ValueError: if ``size`` is below 1.
-      ModelError: if x and y do not have as many examples.
+      ModelError: if ``size`` is not a whole number from 1, or ``seed`` one from 0; if x and y do
+        not have as many examples.
     """
     x, y = jax.tree.map(np.asarray, (x, y))
     n = check_batch(x, y)
-    if size < 1:
-        raise ValueError(f"size: takes at least 1 example, got {size}")
+    whole("size", size)
+    if seed is not None:
+        whole("seed", seed, 0)
 
     def epoch_of(epoch: int) -> Iterator[Batch]:
         order = (
@@ -64,7 +66,7 @@ def each_epoch(batches: Batches, epochs: int | None = None) -> Callable[[int], I
         raise ValueError(
             f"batches: takes an iterable or a function epoch -> iterable, got {batches!r}"
         )
-    if iter(batches) is not batches:
+    if not isinstance(batches, Iterator):
         return lambda epoch: batches
 
     def once(epoch: int) -> Iterable[Batch]:
@@ -77,6 +79,30 @@ def each_epoch(batches: Batches, epochs: int | None = None) -> Callable[[int], I
 
     once((epochs or 1) - 1)
     return once
+
+
+def with_first(
+    batches: Batches, source: Callable[[int], Iterable[Batch]]
+) -> tuple[Batch | None, Callable[[int], Iterable[Batch]]]:
+    """The first batch of epoch 0, None if there is none, and a source that still gives it.
+
+    What is begun here is gone on with where it can be. A function of the epoch is asked for epoch 0
+    once more where the run does not begin with it.
+
+    Args:
+      source: ``each_epoch`` of the batches.
+    """
+    begun = iter(source(0))
+    first = next(begun, None)
+    if first is None:
+        return None, source
+    left = [itertools.chain([first], begun)]
+    alike = isinstance(batches, Iterable) and not isinstance(batches, Iterator)
+
+    def again(epoch: int) -> Iterable[Batch]:
+        return left.pop() if left and (alike or epoch == 0) else source(epoch)
+
+    return first, again
 
 
 class Padded:
@@ -114,9 +140,9 @@ class Padded:
                 self._form = form
             self._ones = jnp.ones(n, dtype)
             return x, y, self._ones
-        weights = np.asarray(batch[2], dtype) if len(batch) == 3 else np.ones(n, dtype)
-        if weights.shape != (n,):
-            raise ModelError(f"weights: takes one per example, ({n},), got {weights.shape}")
+        weights = np.ones(n, dtype)
+        if len(batch) == 3:
+            weights = weights_of(n, np.asarray(batch[2])).astype(dtype)
         missing = self.rows - n if self.fill else 0
         if missing == 0:
             return x, y, weights

@@ -4,16 +4,22 @@ What is on disk, for each step in the run's folder:
 
     state     every array of the parameters and the optimiser's state, and the key, by name
     history   the recorded losses and evaluations
-    about     what the run is (model, loss, optimiser, the names and shapes of its arrays) and its
-              position in the data, as JSON
+    about     what the run is (``Identity``) and its position in the data, as JSON
 
-orbax writes a checkpoint beside the others and renames it when it is complete.
+orbax writes a checkpoint beside the others and renames it when it is complete. One run at a time
+writes in a folder: it holds a lock on the file ``.lock`` there.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import logging
 import os
+import re
+import shutil
+import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -24,8 +30,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from .layer import ModelError
+from .checks import ModelError
+from .run_identity import Identity
 from .tensors import named
+
+try:
+    import fcntl
+except ImportError:  # not a POSIX system: nothing is locked
+    fcntl = None  # type: ignore[assignment]
 
 Tree = Any
 Arrays = dict[str, np.ndarray]
@@ -36,13 +48,14 @@ _KEPT = 2
 @dataclass(frozen=True)
 class Position:
     """Where a run stands: steps done, epochs completed, batches done of the epoch it is in, the
-    rows that batches are padded to, and whether a callback ended it."""
+    rows that batches are padded to, whether a callback ended it, and the step of its last look."""
 
     step: int = 0
     epoch: int = 0
     batch: int = 0
     rows: int = 0
     stopped: bool = False
+    looked: int = 0
 
 
 class Checkpoints:
@@ -50,10 +63,15 @@ class Checkpoints:
 
     Args:
       folder: made if it is not there.
-      run: what the run is: texts by name, of which each must be the same to resume it.
+      identity: what the run is.
+
+    Raises:
+      ValueError: for a file in place of a folder, and for a folder in which another run writes.
+      OSError: for a folder that cannot be written to; for a checkpoint that cannot be written, here
+        or at the next one or when the context is left, because orbax writes beside the training.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], run: dict[str, str]) -> None:
+    def __init__(self, folder: str | os.PathLike[str], identity: Identity) -> None:
         try:
             import orbax.checkpoint as ocp
         except ImportError as error:
@@ -64,11 +82,15 @@ class Checkpoints:
         if self.folder.exists() and not self.folder.is_dir():
             raise ValueError(f"checkpoints: takes a folder, got the file {self.folder}")
         self._orbax = ocp.args
-        self._run = run
-        self._manager = ocp.CheckpointManager(
-            self.folder,
-            options=ocp.CheckpointManagerOptions(max_to_keep=_KEPT, cleanup_tmp_directories=True),
-        )
+        self._identity = identity
+        self._writing = 0
+        self._failed = False
+        options = ocp.CheckpointManagerOptions(max_to_keep=_KEPT, cleanup_tmp_directories=True)
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(_locked(self.folder))
+            stack.enter_context(_without_tracebacks())
+            self._manager = ocp.CheckpointManager(self.folder, options=options)
+            self._opened = stack.pop_all()
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -79,7 +101,15 @@ class Checkpoints:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._manager.close()
+        try:
+            with self._told():
+                self._manager.close()
+        except OSError as unwritten:
+            if error is None:
+                raise
+            error.add_note(str(unwritten))
+        finally:
+            self._opened.close()
 
     @property
     def latest(self) -> int | None:
@@ -87,19 +117,45 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def save(self, state: Tree, history: Tree, position: Position) -> None:
-        """Begins to write a checkpoint; the arrays are copied first."""
+        """Begins to write a checkpoint, when the one before is written; the arrays are copied."""
         args = self._orbax
-        self._manager.save(
-            position.step,
-            args=args.Composite(
-                state=args.StandardSave(_stored(state)),
-                history=args.StandardSave(_stored(history)),
-                about=args.JsonSave({"run": self._run, "position": dataclasses.asdict(position)}),
-            ),
-        )
+        with self._told():
+            self._manager.wait_until_finished()
+        self._writing = position.step
+        about = {
+            "identity": dataclasses.asdict(self._identity),
+            "position": dataclasses.asdict(position),
+        }
+        with self._told():
+            self._manager.save(
+                position.step,
+                args=args.Composite(
+                    state=args.StandardSave(_stored(state)),
+                    history=args.StandardSave(_stored(history)),
+                    about=args.JsonSave(about),
+                ),
+            )
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        """Says in a sentence, once, which checkpoint could not be written."""
+        try:
+            yield
+        except Exception as error:
+            if self._failed:
+                return
+            self._failed = True
+            complete = [int(path.name) for path in self.folder.glob("*") if path.name.isdigit()]
+            latest = f"step {max(complete)}" if complete else "none"
+            reason = _reason(error)
+            raise OSError(
+                f"checkpoints: step {self._writing} could not be written to {self.folder}: "
+                f"{reason or f'{type(error).__name__}: {_first_line(error)}'}; the latest complete "
+                f"one is {latest}"
+            ) from (None if reason else error)
 
     def restore(self, like: Tree) -> tuple[Tree, Arrays, Position]:
-        """The latest checkpoint.
+        """The latest checkpoint. What may differ from its run, and does, is said by a warning.
 
         Args:
           like: a state of the same run; gives the tree, shapes and dtypes to read.
@@ -114,8 +170,9 @@ class Checkpoints:
         try:
             about = self._manager.restore(step, args=args.Composite(about=args.JsonRestore())).about
             position = Position(**about["position"])
-            differences = _differences(about["run"], self._run)
-            if not differences:
+            saved = Identity(**about["identity"])
+            refused = self._identity.refused(saved)
+            if not refused:
                 read = self._manager.restore(
                     step,
                     args=args.Composite(
@@ -126,43 +183,103 @@ class Checkpoints:
             others = [other for other in self._manager.all_steps() if other != step]
             raise ValueError(
                 f"checkpoints: {self.folder / str(step)} cannot be read, expected the state of a "
-                f"run in {len(wanted)} arrays: {type(error).__name__}: "
-                f"{str(error).splitlines()[0] if str(error) else ''}\n"
+                f"run in {len(wanted)} arrays: {type(error).__name__}: {_first_line(error)}\n"
                 f"Nothing was changed. Other checkpoints in the folder: {others or 'none'}"
             ) from error
-        if differences:
-            raise ModelError(
-                f"checkpoints: {self.folder / str(step)} is of another run:\n" + differences
+        where = f"checkpoints: {self.folder / str(step)}"
+        if refused:
+            raise ModelError(f"{where} is of another run:\n{refused}")
+        if changed := self._identity.changed(saved):
+            warnings.warn(
+                f"{where} is gone on with, but not as the same run:\n{changed}",
+                UserWarning,
+                stacklevel=4,  # the caller of fit
             )
         return _restored(read.state, like), dict(read.history), position
 
 
-def described_run(state: Tree) -> dict[str, str]:
-    """What a run's arrays are: the kinds of its optimiser's states, its key, and each array."""
-    key = state["key"]
-    arrays = named({"params": state["params"]}) | named({"opt_state": state["opt_state"]})
-    return {
-        "optimizer": ", ".join(_kinds(state["opt_state"])),
-        "key": "none" if key is None else str(jax.random.key_data(key).tolist()),
-    } | {name: f"{leaf.dtype}{tuple(leaf.shape)}" for name, leaf in arrays.items()}
+def delete_checkpoints(folder: str | os.PathLike[str]) -> None:
+    """Deletes the checkpoints in a folder, if there are any, so that a run begins anew there.
+
+    Raises:
+      ValueError: if a run writes there now.
+    """
+    folder = Path(folder).absolute()
+    if not folder.is_dir():
+        return
+    with _locked(folder):
+        for path in folder.iterdir():
+            if path.name.partition(".")[0].isdigit():  # complete, or 4.orbax-checkpoint-tmp
+                shutil.rmtree(path)
 
 
-def _kinds(state: Tree) -> list[str]:
-    """The names of an optimiser's states, in order: equal arrays may belong to different ones."""
-    if not isinstance(state, tuple):
-        return []
-    name = [type(state).__name__] if hasattr(state, "_fields") else []
-    return name + [kind for part in state for kind in _kinds(part)]
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """The folder, made if it is not there, for this run alone. When a process ends, however it
+    does, the system lets go of its locks."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError as error:
+        raise OSError(f"checkpoints: {folder} cannot be written to: {error.strerror}") from None
+    try:
+        _lock(file, folder)
+        yield
+    finally:
+        if fcntl is not None:  # a process that was forked meanwhile has the file open as well
+            with contextlib.suppress(OSError):
+                fcntl.flock(file, fcntl.LOCK_UN)
+        os.close(file)
 
 
-def _differences(saved: dict[str, str], run: dict[str, str], most: int = 24) -> str:
-    lines = [
-        f"  {name}: it has {saved.get(name, 'none')}, this run has {run.get(name, 'none')}"
-        for name in {**run, **saved}
-        if saved.get(name) != run.get(name)
-    ]
-    more = [f"  and {len(lines) - most} more"] if len(lines) > most else []
-    return "\n".join(lines[:most] + more)
+@contextlib.contextmanager
+def _without_tracebacks() -> Iterator[None]:
+    """orbax logs every failure, with a traceback, in each of its threads that meets it. It raises
+    it as well, which is enough."""
+
+    def is_told(record: logging.LogRecord) -> bool:
+        return record.levelno < logging.ERROR or "orbax" not in record.pathname
+
+    logger = logging.getLogger("absl")
+    logger.addFilter(is_told)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_told)
+
+
+def _lock(file: int, folder: Path) -> None:
+    if fcntl is None:
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = os.read(file, 20).decode()
+        raise ValueError(
+            f"checkpoints: {folder} is being written by another run (process {holder})"
+        ) from None
+    except OSError:  # a file system without locks
+        return
+    with contextlib.suppress(OSError):  # the disk may be full: the lock holds all the same
+        os.ftruncate(file, 0)
+        os.write(file, str(os.getpid()).encode())
+
+
+def _reason(error: BaseException | None) -> str:
+    """What the system said against writing, such as ``No space left on device``; "" if it is not
+    known to be the system."""
+    while error is not None:
+        number = error.errno if isinstance(error, OSError) else None
+        if found := re.search(r"os_error_code='(\d+)'", str(error)):  # as tensorstore puts it
+            number = int(found[1])
+        if number is not None:
+            return os.strerror(number)
+        error = error.__cause__ or error.__context__
+    return ""
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).partition("\n")[0]
 
 
 def _is_key(leaf: Any) -> bool:

@@ -16,9 +16,10 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from .activations import identity
+from .checks import ModelError, described
 from .contractions import Contraction, contract_factors, join_results, keep
 from .factors import Sum
-from .layer import Layer, ModelError, described, place, shapes_of
+from .layer import Layer, place, shapes_of
 
 Tree = Any
 Path = tuple[Any, ...]
@@ -331,7 +332,8 @@ def tied(layer: Layer, ties: dict[Path, Path]) -> Layer:
         ) -> tuple[Tree, Tree]:
             return part.backward(fill(params), residuals, dy, contract)
 
-        return Layer(f"tied({part.name})", init, forward, backward, parts=(part,), rebuild=filled)
+        name = f"tied({', '.join([part.name, *_told_ties(ties)])})"
+        return Layer(name, init, forward, backward, parts=(part,), rebuild=filled)
 
     inner = filled(layer)
 
@@ -425,6 +427,12 @@ def _check_stack(n: int, params: Tree) -> None:
             raise ModelError(
                 f"repeat: takes parameters with {n} layers on the first axis, got {described(leaf)}"
             )
+
+
+def _told_ties(ties: dict[Path, Path]) -> list[str]:
+    """Each tie as a name says it, ``2.weight=0.weight``, in an order that does not depend on the
+    caller's."""
+    return sorted(f"{'.'.join(map(str, p))}={'.'.join(map(str, s))}" for p, s in ties.items())
 
 
 def _check_ties(ties: dict[Path, Path]) -> None:

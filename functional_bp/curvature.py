@@ -17,18 +17,20 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from .checks import ModelError, choice, whole
 from .contractions import SecondOrder, second_moment, squared_norms, total
 from .factors import per_example
 from .gradients import grad, like, mean_weights
-from .layer import Layer, ModelError
+from .layer import Layer
 from .losses import Loss
+from .meshes import like_arrays
 from .microbatches import in_microbatches
 from .moments import check_like_params
-from .per_example import check_separate
-from .recursion import forward_pass
+from .recursion import check_separate, forward_pass
 
 Tree = Any
 SHARED = ("expand", "reduce")
+FISHER = ("empirical", "sampled", "exact")
 
 
 def hvp(model: Layer, loss: Loss, *, microbatch: int | None = None) -> Callable[..., Tree]:
@@ -40,7 +42,9 @@ def hvp(model: Layer, loss: Loss, *, microbatch: int | None = None) -> Callable[
       microbatch: examples at a time; None for all at once.
 
     Returns:
-      ``fn(params, x, y, v, *, weights=None, key=None) -> tree`` of ``params``; so is v.
+      ``fn(params, x, y, v, *, weights=None, key=None) -> tree`` of ``params``; so is v. Through
+      a recurrent layer that is truncated it is the derivative of the truncated gradient, which is
+      no Hessian: it need not be symmetric.
 
     Raises:
       ModelError: if v has not the tree and shapes of the parameters, and when called with what
@@ -74,7 +78,7 @@ def ggnvp(model: Layer, loss: Loss, *, microbatch: int | None = None) -> Callabl
 
     Args, returns and raises: as ``hvp``.
     """
-    check_separate(model)
+    check_separate(model, loss)
     run = in_microbatches(model, microbatch)
 
     def fn(
@@ -88,13 +92,20 @@ def ggnvp(model: Layer, loss: Loss, *, microbatch: int | None = None) -> Callabl
     ) -> Tree:
         v = _vector(params, v)
 
-        def part(x: Tree, y: Tree, weights: Array, key: Array | None) -> tuple[Tree, Tree]:
+        def part(
+            given: Tree, x: Tree, y: Tree, weights: Array, key: Array | None
+        ) -> tuple[Tree, Tree]:
+            params, v = given
             a, backward = forward_pass(model.batched, loss, params, x, y, key)
             _, jv = jax.jvp(lambda p: model.batched.forward(p, x, key)[0], (params,), (v,))
             _, hjv = jax.jvp(lambda a: loss.deltas(a, y), (a,), (jv,))
             return backward(_scaled(weights, hjv), total), ()
 
-        return like(params, run(part, x, y, mean_weights(x, y, weights), key)[0])
+        products, _ = run(
+            *(part, (params, v), x, y, mean_weights(x, y, weights), key),
+            sums=lambda: like_arrays(params),
+        )
+        return like(params, products)
 
     return fn
 
@@ -122,7 +133,7 @@ def ggn_diagonal(
       ModelError: if a layer mixes examples, if the loss does not state what it takes, if the
         estimate gets no key, and when called with what does not fit the model.
     """
-    check_separate(model)
+    check_separate(model, loss)
     fisher = "exact" if samples is None else "sampled"
     deltas = _deltas(loss, fisher, 1 if samples is None else samples)
     run = in_microbatches(model, microbatch)
@@ -130,7 +141,9 @@ def ggn_diagonal(
     def fn(
         params: Tree, x: Tree, y: Tree, *, weights: Array | None = None, key: Array | None = None
     ) -> Tree:
-        def part(x: Tree, y: Tree, weights: Array, key: Array | None) -> tuple[Tree, Tree]:
+        def part(
+            params: Tree, x: Tree, y: Tree, weights: Array, key: Array | None
+        ) -> tuple[Tree, Tree]:
             key, sample_key = _two_keys(key)
             a, backward = forward_pass(model.batched, loss, params, x, y, key)
 
@@ -140,7 +153,11 @@ def ggn_diagonal(
 
             return deltas(a, y, sample_key, squares), ()
 
-        return like(params, run(part, x, y, mean_weights(x, y, weights), key)[0])
+        diagonal, _ = run(
+            *(part, params, x, y, mean_weights(x, y, weights), key),
+            sums=lambda: like_arrays(params),
+        )
+        return like(params, diagonal)
 
     return fn
 
@@ -200,16 +217,17 @@ def kronecker_factors(
       ModelError: if a layer mixes examples, if the loss does not state what it takes, if sampling
         gets no key, and when called with what does not fit the model.
     """
-    check_separate(model)
-    if shared not in SHARED:
-        raise ValueError(f"shared: takes one of {SHARED}, got {shared!r}")
+    check_separate(model, loss)
+    choice("shared", shared, SHARED)
     deltas = _deltas(loss, fisher, samples)
     run = in_microbatches(model, microbatch)
 
     def fn(
         params: Tree, x: Tree, y: Tree, *, weights: Array | None = None, key: Array | None = None
     ) -> Tree:
-        def part(x: Tree, y: Tree, weights: Array, key: Array | None) -> tuple[Tree, Tree]:
+        def part(
+            params: Tree, x: Tree, y: Tree, weights: Array, key: Array | None
+        ) -> tuple[Tree, Tree]:
             key, sample_key = _two_keys(key) if fisher == "sampled" else (key, None)
             a, backward = forward_pass(model.batched, loss, params, x, y, key)
             delta = loss.deltas(a, y)
@@ -227,7 +245,7 @@ def kronecker_factors(
             G = deltas(a, y, sample_key, lambda delta: backward(delta, asked("output")))
             return (A, G), ()
 
-        (A, G), _ = run(part, x, y, mean_weights(x, y, weights), key)
+        (A, G), _ = run(part, params, x, y, mean_weights(x, y, weights), key)
         return jax.tree.map(lambda _, a, g: None if a is None else Kronecker(a, g), params, A, G)
 
     return fn
@@ -235,8 +253,8 @@ def kronecker_factors(
 
 def _deltas(loss: Loss, fisher: str, samples: int) -> Callable[..., Tree]:
     """``(a, y, key, result) -> Σ result(δ)`` over the δ that stand for H = Σ δ δᵀ."""
-    if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
-        raise ValueError(f"samples: takes a whole number above 0, got {samples!r}")
+    whole("samples", samples)
+    choice("fisher", fisher, FISHER)
 
     def empirical(a: Tree, y: Tree, key: Array | None, result: Callable[[Tree], Tree]) -> Tree:
         return result(loss.deltas(a, y))
@@ -263,10 +281,7 @@ def _deltas(loss: Loss, fisher: str, samples: int) -> Callable[..., Tree]:
 
         return _sum_over(one, jnp.arange(math.prod(shape)))
 
-    kinds = {"empirical": empirical, "sampled": sampled, "exact": exact}
-    if fisher not in kinds:
-        raise ValueError(f"fisher: takes one of {tuple(kinds)}, got {fisher!r}")
-    return kinds[fisher]
+    return dict(zip(FISHER, (empirical, sampled, exact)))[fisher]
 
 
 def _stated(loss: Loss, what: str) -> Callable[..., Tree]:

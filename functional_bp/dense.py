@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from .checks import ModelError, described
 from .factors import Outer, Summed, accumulator
-from .layer import Layer, ModelError, check_array, described, rule
+from .layer import Layer, check_array, rule
 
 Tree = Any
 Initializer = Callable[..., Array]
@@ -76,7 +77,8 @@ def dense(
         factors = {"weight": Outer(delta, a)} | ({"bias": Summed(delta)} if bias else {})
         return da.astype(a.dtype), factors
 
-    return rule(init, forward, backward, name=f"dense({features})", check=check, positionwise=True)
+    name = f"dense({features})" if bias else f"dense({features}, bias=False)"
+    return rule(init, forward, backward, name=name, check=check, positionwise=True)
 
 
 def _check_input(a: Array) -> None:

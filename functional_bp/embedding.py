@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from .checks import ModelError, described
 from .dense import Initializer
 from .factors import Rows
-from .layer import Layer, ModelError, described, rule
+from .layer import Layer, rule
 
 Tree = Any
 
@@ -47,7 +48,8 @@ def embedding(
       ModelError: if the ids are not integers, or not in the vocabulary; where their values are
         traced, an id outside gives NaN.
     """
-    name = f"embedding({vocabulary}, {features})"
+    of_dtype = "" if dtype == jnp.float32 else f", dtype={jnp.dtype(dtype).name}"
+    name = f"embedding({vocabulary}, {features}{of_dtype})"
 
     def init(key: Array, ids: Array) -> Tree:
         check_ids(ids)

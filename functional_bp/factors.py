@@ -16,10 +16,16 @@ batch of gradients gₙ it stands for, by the cheapest route for its shapes:
     dot(v)           ⟨gₙ, v⟩
     second_moment()  mean over n of gₙ²
     scaled(w)        the factors of wₙ gₙ
+    columns(j, k)    the factors of the k columns of gₙ from column j on
     as_outer()       the same gradients as Σ_t u_t v_tᵀ, where they are that
 
 Every array in a factored gradient has the examples on its first axis; a rule, which sees one
 example, builds one without that axis and ``vmap`` adds it.
+
+What is larger than the factors is made for some columns or positions at a time, and of all examples
+at once: a batch that is split among devices stays where it is. (A Gram matrix meets every pair of
+examples, so it alone brings the factors of all examples to each device.) Sums run in float32 at
+least, and so do the products in them: a square of 300 is no float16.
 
 Index letters in every einsum of this file: n, m examples; t, s positions; o the rows of the
 parameter; i its columns.
@@ -41,6 +47,11 @@ from jax import Array, lax
 def accumulator(*arrays: Array) -> jnp.dtype:
     """The dtype in which sums over examples and positions run: float32 at least."""
     return jnp.promote_types(jnp.result_type(*arrays), jnp.float32)
+
+
+def wide(array: Array) -> Array:
+    """The array in the dtype in which its products and sums are made."""
+    return array.astype(accumulator(array))
 
 
 class Factored:
@@ -69,32 +80,41 @@ class Factored:
 
     def inner(self, other: Factored) -> Array:
         """⟨gₙ, hₙ⟩, shape ``(n,)``."""
-        return jnp.einsum("ni,ni->n", _flat(self.each()), _flat(other.each()))
+        return _einsum("ni,ni->n", _flat(self.each()), _flat(other.each()))
 
     def gram(self, other: Factored) -> Array:
         """⟨gₙ, hₘ⟩, shape ``(n, m)``."""
 
         def rows(f: Factored) -> Array:
             g = _flat(f.each())
-            return _map_blocks(lambda h: _flat(h.each()) @ g.T, other, _parameter_size(other)).T
+
+            def row(h: Factored) -> Array:
+                return _einsum("mi,ni->mn", _flat(h.each()), g)
+
+            return _map_blocks(row, other, _parameter_size(other)).T
 
         return _map_blocks(rows, self, _parameter_size(self))
 
     def dot(self, v: Array) -> Array:
         """⟨gₙ, v⟩, shape ``(n,)``; ``v`` has the parameter's shape."""
-        return jnp.einsum("ni,i->n", _flat(self.each()), v.reshape(-1))
+        return _einsum("ni,i->n", _flat(self.each()), v.reshape(-1))
 
     def second_moment(self) -> Array:
         """Mean over n of gₙ², element by element, shape ``(*parameter)``."""
-        blocks = _blocks(self, _parameter_size(self))
-        if blocks is None:
-            return (self.each() ** 2).mean(0)
-
-        def add(sum_: Array, block: Factored) -> tuple[Array, None]:
-            return sum_ + (block.each() ** 2).sum(0), None
-
         g = jax.eval_shape(self.each)
-        return lax.scan(add, jnp.zeros(g.shape[1:], g.dtype), blocks)[0] / g.shape[0]
+        if type(self).columns is Factored.columns or g.ndim == 1:
+            return _mean_square(self)  # blocks would make all of gₙ too
+
+        def block(j: Array | int, size: int) -> Array:
+            return jnp.moveaxis(_mean_square(self.columns(j, size)), -1, 0)
+
+        width = g.shape[-1]
+        by_column = _joined_blocks(block, width, _block_size(width, self, g.size // width))
+        return jnp.moveaxis(by_column, 0, -1)
+
+    def columns(self, first: Array | int, count: int) -> Factored:
+        """The factors of ``count`` columns, entries of the parameter's last axis."""
+        return Itself(_block_of(self.each(), first, count, -1))
 
     def as_outer(self) -> Outer | None:
         """The same gradients as one ``Outer`` with its positions on one axis, a vector being a
@@ -110,30 +130,48 @@ def _parameter_size(f: Factored) -> int:
     return math.prod(jax.eval_shape(f.each).shape[1:])
 
 
-def _blocks(f: Factored, intermediate: int) -> Factored | None:
-    """A few examples at a time: the examples on two axes, ``(blocks, n / blocks)``.
-
-    As many in a block as keep intermediates of ``intermediate`` numbers an example no larger
-    than the factors themselves. None if that is all of them.
-    """
-    leaves = jax.tree.leaves(f)
-    n = leaves[0].shape[0]
-    most = max(1, sum(leaf.size for leaf in leaves) // intermediate)
-    if most >= n:
-        return None
-    size = max(d for d in range(1, most + 1) if n % d == 0)
-    return jax.tree.map(lambda leaf: leaf.reshape(n // size, size, *leaf.shape[1:]), f)
+def _mean_square(f: Factored) -> Array:
+    return (wide(f.each()) ** 2).mean(0)
 
 
-def _map_blocks(
-    function: Callable[[Any], Array], f: Factored | tuple[Factored, ...], intermediate: int
-) -> Array:
-    """``function(f)``, ``(n, …)``, in ``_blocks``."""
-    blocks = _blocks(f, intermediate)  # type: ignore[arg-type]
-    if blocks is None:
-        return function(f)
-    results = lax.map(function, blocks)
-    return results.reshape(-1, *results.shape[2:])
+def _block_size(length: int, factors: Any, intermediate: int) -> int:
+    """How many of ``length`` to take at a time, so that intermediates of ``intermediate`` numbers
+    for each of them are no larger than the factors; all blocks but the last have as many."""
+    most = max(1, sum(leaf.size for leaf in jax.tree.leaves(factors)) // intermediate)
+    return -(-length // -(-length // most))
+
+
+def _block_of(tree: Any, start: Array | int, size: int, axis: int) -> Any:
+    return jax.tree.map(lambda leaf: lax.dynamic_slice_in_dim(leaf, start, size, axis), tree)
+
+
+def _joined_blocks(block: Callable[[Array | int, int], Array], length: int, size: int) -> Array:
+    """``block(start, size)``, which has ``size`` rows, for all ``length`` rows."""
+    whole, rest = divmod(length, size)
+    if whole == 1 and not rest:
+        return block(0, size)
+    rows = lax.map(lambda i: block(i * size, size), jnp.arange(whole))
+    rows = rows.reshape(-1, *rows.shape[2:])
+    return jnp.concatenate([rows, block(length - rest, rest)]) if rest else rows
+
+
+def _summed_blocks(block: Callable[[Array | int, int], Array], length: int, size: int) -> Array:
+    """Σ ``block(start, size)`` over the blocks of ``length``."""
+    whole, rest = divmod(length, size)
+    sums = block(0, size)
+    if whole > 1:
+        sums = lax.fori_loop(1, whole, lambda i, sums: sums + block(i * size, size), sums)
+    return sums + block(length - rest, rest) if rest else sums
+
+
+def _map_blocks(function: Callable[[Any], Array], f: Factored, intermediate: int) -> Array:
+    """``function(f)``, ``(n, …)``, for a few examples at a time."""
+    n = jax.tree.leaves(f)[0].shape[0]
+
+    def block(start: Array | int, size: int) -> Array:
+        return function(_block_of(f, start, size, 0))
+
+    return _joined_blocks(block, n, _block_size(n, f, intermediate))
 
 
 def per_example(weights: Array, leaf: Array) -> Array:
@@ -156,6 +194,9 @@ class Itself(Factored):
 
     def scaled(self, weights: Array) -> Itself:
         return Itself(per_example(weights, self.g))
+
+    def columns(self, first: Array | int, count: int) -> Itself:
+        return Itself(_block_of(self.g, first, count, -1))
 
     def as_outer(self) -> Outer | None:
         return Summed(self.g).as_outer() if self.g.ndim == 2 else None
@@ -180,8 +221,11 @@ class Summed(Factored):
     def scaled(self, weights: Array) -> Summed:
         return Summed(per_example(weights, self.g))
 
+    def columns(self, first: Array | int, count: int) -> Summed:
+        return Summed(_block_of(self.g, first, count, -1))
+
     def as_outer(self) -> Outer:
-        return Outer(self.g, jnp.ones_like(self.g[..., :1])).as_outer()
+        return Outer(self.g, jnp.ones((*self.g.shape[:-1], 1), self.g.dtype)).as_outer()
 
     def total(self) -> Array:
         return self.g.sum(range(self.g.ndim - 1), dtype=accumulator(self.g))
@@ -213,7 +257,8 @@ class Outer(Factored):
 
     def total(self) -> Array:
         # One matrix product over examples and positions together, at what autodiff's costs. Said as
-        # (vᵀ u)ᵀ it would double the step of a single example.
+        # (vᵀ u)ᵀ it would double the step of a single example; with positions on an axis of their
+        # own it is up to four times slower where u is a product itself.
         u, v = self.u.reshape(-1, self.u.shape[-1]), self.v.reshape(-1, self.v.shape[-1])
         return jnp.matmul(u.T, v, preferred_element_type=accumulator(u, v))
 
@@ -226,12 +271,11 @@ class Outer(Factored):
         g = f if other is self else other._positions()
         (_, t, o), (_, s, i) = f.u.shape, g.v.shape
         if t == s == 1:
-            sums = ((a * b).sum((1, 2), dtype=accumulator(a)) for a, b in ((f.u, g.u), (f.v, g.v)))
-            return math.prod(sums)  # type: ignore[return-value]
-        pair = (f,) if g is f else (f, g)
-        if t * s * (o + i) <= (t + s) * o * i:  # Σ_ts (u_t·u'_s)(v_t·v'_s): products of Grams
-            return _map_blocks(_inner_by_gram, pair, t * s)
-        return _map_blocks(_inner_by_definition, pair, o * i)
+            uu, vv = ((wide(a) * wide(b)).sum((1, 2)) for a, b in ((f.u, g.u), (f.v, g.v)))
+            return uu * vv
+        if t * s * (o + i) <= (t + s) * o * i:
+            return _inner_by_gram(f, g)
+        return _inner_by_definition(f, g)
 
     def gram(self, other: Factored) -> Array:
         if isinstance(other, Rows):
@@ -256,23 +300,42 @@ class Outer(Factored):
         return _einsum("nto,nto->n", _einsum("nti,oi->nto", f.v, v), f.u)
 
     def second_moment(self) -> Array:
-        if self.u.ndim > 2:
+        f = self._positions()
+        if f.u.shape[1] > 1:
             return super().second_moment()
-        return Outer(self.u**2, self.v**2).total() / self.u.shape[0]
+        return Outer(wide(f.u) ** 2, wide(f.v) ** 2).total() / f.u.shape[0]
+
+    def columns(self, first: Array | int, count: int) -> Outer:
+        return Outer(self.u, _block_of(self.v, first, count, -1))
 
     def as_outer(self) -> Outer:
         return self._positions()
 
 
-def _inner_by_gram(pair: tuple[Outer, ...]) -> Array:
-    f, g = pair[0], pair[-1]
-    uu = _einsum("nto,nso->nts", f.u, g.u)
-    return jnp.einsum("nts,nts->n", uu, _einsum("nti,nsi->nts", f.v, g.v))
+def _inner_by_gram(f: Outer, g: Outer) -> Array:
+    """Σ_ts (u_t·u'_s)(v_t·v'_s): products of Gram matrices, for some s at a time."""
+    n, t, _ = f.u.shape
+
+    def block(start: Array | int, size: int) -> Array:
+        h = _block_of(g, start, size, 1)
+        uu, vv = _einsum("nto,nso->nts", f.u, h.u), _einsum("nti,nsi->nts", f.v, h.v)
+        return jnp.einsum("nts,nts->n", uu, vv)
+
+    s = g.u.shape[1]
+    return _summed_blocks(block, s, _block_size(s, (f, g), n * t))
 
 
-def _inner_by_definition(pair: tuple[Outer, ...]) -> Array:
-    each = [f.each() for f in pair]
-    return jnp.einsum("noi,noi->n", each[0], each[-1])
+def _inner_by_definition(f: Outer, g: Outer) -> Array:
+    """Σ_oi (Σ_t u_to v_ti)(Σ_s u'_so v'_si), for some columns i at a time."""
+    n, _, o = f.u.shape
+
+    def block(start: Array | int, size: int) -> Array:
+        each = f.columns(start, size).each()
+        others = each if g is f else g.columns(start, size).each()
+        return jnp.einsum("noi,noi->n", each, others)
+
+    i = f.v.shape[-1]
+    return _summed_blocks(block, i, _block_size(i, (f, g), n * o))
 
 
 def _einsum(subscripts: str, *arrays: Array) -> Array:
@@ -313,16 +376,19 @@ class Rows(Factored):
         if not isinstance(other, (Rows, Outer)):
             return super().inner(other)
 
-        def by_gram(pair: tuple[Rows, Rows | Outer]) -> Array:
-            f, g = pair
-            vv = _einsum("nti,nsi->nts", f.v, g.v)
-            if isinstance(g, Rows):
-                return jnp.where(f.ids[:, :, None] == g.ids[:, None, :], vv, 0).sum((1, 2))
-            uu = jax.vmap(lambda u, ids: u[:, ids])(g.u, f.ids)
+        f, g = self._positions(), other._positions()
+        n, t, _ = f.v.shape
+
+        def block(start: Array | int, size: int) -> Array:  # some positions s of g at a time
+            h = _block_of(g, start, size, 1)
+            vv = _einsum("nti,nsi->nts", f.v, h.v)
+            if isinstance(h, Rows):
+                return jnp.where(f.ids[:, :, None] == h.ids[:, None, :], vv, 0).sum((1, 2))
+            uu = jax.vmap(lambda u, ids: u[:, ids])(h.u, f.ids)
             return _einsum("nst,nts->n", uu, vv)
 
-        f, g = self._positions(), other._positions()
-        return _map_blocks(by_gram, (f, g), f.v.shape[1] * g.v.shape[1])
+        s = g.v.shape[1]
+        return _summed_blocks(block, s, _block_size(s, (f, g), n * t))
 
     def gram(self, other: Factored) -> Array:
         if not isinstance(other, (Rows, Outer)):
@@ -338,6 +404,23 @@ class Rows(Factored):
     def dot(self, v: Array) -> Array:
         f = self._positions()
         return _einsum("nti,nti->n", v[f.ids], f.v)
+
+    def second_moment(self) -> Array:
+        """Row k of gₙ is w_t = Σ_s v_s over the s with k_s = k, at every t with k_t = k, so that
+        Σ_t w_t² / (the number of such t) is its square once."""
+        f = self._positions()
+        n, t, _ = f.v.shape
+
+        def block(start: Array | int, size: int) -> Array:
+            same = _block_of(f.ids, start, size, 1)[:, :, None] == f.ids[:, None, :]
+            w = _einsum("nts,nsi->tni", same.astype(f.v.dtype), f.v)
+            return w**2 / same.sum(-1).T[..., None].astype(w.dtype)
+
+        squares = jnp.moveaxis(_joined_blocks(block, t, _block_size(t, f, n * t)), 0, 1)
+        return Rows(f.ids, squares, self.rows).total() / n
+
+    def columns(self, first: Array | int, count: int) -> Rows:
+        return Rows(self.ids, _block_of(self.v, first, count, -1), self.rows)
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["parts"], meta_fields=[])
@@ -367,6 +450,15 @@ class Sum(Factored):
 
     def dot(self, v: Array) -> Array:
         return sum(f.dot(v) for f in self.parts)  # type: ignore[return-value]
+
+    def second_moment(self) -> Array:
+        outer = self.as_outer()
+        if outer is None:
+            return super().second_moment()
+        return outer.second_moment().reshape(jax.eval_shape(self.each).shape[1:])
+
+    def columns(self, first: Array | int, count: int) -> Sum:
+        return Sum(tuple(f.columns(first, count) for f in self.parts))
 
     def as_outer(self) -> Outer | None:
         parts = [f.as_outer() for f in self.parts]

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from .layer import ModelError
+from .checks import ModelError
 
 Tree = Any
 Path = tuple[Any, ...]

@@ -9,13 +9,15 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from .checks import choice
 from .contractions import Contraction, drop, each, total
 from .factors import Itself
 from .freezing import Frozen, frozen_leaves, merged, trainable
-from .layer import Layer, ModelError, textbook
+from .layer import Layer, textbook
 from .losses import Loss
+from .meshes import WHOLE, like_arrays
 from .microbatches import in_microbatches
-from .recursion import check_batch, checked_weights, recursion
+from .recursion import check_batch, check_model, checked_weights, recursion
 
 Tree = Any
 METHODS = ("manual", "autodiff")
@@ -52,10 +54,8 @@ def value_and_grad(
       ValueError: for an unknown method.
       ModelError: when called with what does not fit the model.
     """
-    if not isinstance(model, Layer) or not isinstance(loss, Loss):
-        raise ModelError(f"takes a layer and a loss of bp.losses, got {model!r} and {loss!r}")
-    if method not in METHODS:
-        raise ValueError(f"method: takes one of {METHODS}, got {method!r}")
+    check_model(model, loss)
+    choice("method", method, METHODS)
     batched = model.batched if method == "manual" else textbook(model.batched)
 
     run = in_microbatches(model, microbatch)
@@ -63,13 +63,17 @@ def value_and_grad(
     def fn(
         params: Tree, x: Tree, y: Tree, *, weights: Array | None = None, key: Array | None = None
     ) -> tuple[Array, Tree]:
-        def manual(x: Tree, y: Tree, weights: Array, key: Array | None) -> tuple[Tree, Tree]:
+        def manual(
+            params: Tree, x: Tree, y: Tree, weights: Array, key: Array | None
+        ) -> tuple[Tree, Tree]:
             costs, backward = recursion(batched, loss, params, x, y, key)
             weights = weights.astype(costs.dtype)
             contract = jax.tree.map(lambda f: drop if f else total, frozen_leaves(params, frozen))
             return (weights @ costs, backward(weights, contract)), ()
 
-        def autodiff(x: Tree, y: Tree, weights: Array, key: Array | None) -> tuple[Tree, Tree]:
+        def autodiff(
+            params: Tree, x: Tree, y: Tree, weights: Array, key: Array | None
+        ) -> tuple[Tree, Tree]:
             def mean_cost(trained: Tree) -> Array:
                 costs, _ = recursion(batched, loss, merged(trained, params), x, y, key)
                 return weights.astype(costs.dtype) @ costs
@@ -77,8 +81,12 @@ def value_and_grad(
             return jax.value_and_grad(mean_cost)(trainable(params, frozen)), ()
 
         part = manual if method == "manual" else autodiff
-        (cost, gradient), _ = run(part, x, y, mean_weights(x, y, weights), key)
-        return cost, like(trainable(params, frozen), gradient)
+        trained = trainable(params, frozen)
+        (cost, gradient), _ = run(
+            *(part, params, x, y, mean_weights(x, y, weights), key),
+            sums=lambda: (WHOLE, like_arrays(trained)),
+        )
+        return cost, like(trained, gradient)
 
     return fn
 
@@ -116,11 +124,18 @@ def deltas(model: Layer, loss: Loss) -> Callable[..., Tree]:
     Raises:
       ModelError: when called with what does not fit the model.
     """
+    check_model(model, loss)
     probed = _probed(model.batched)
+    run = in_microbatches(model, None)
 
     def fn(params: Tree, x: Tree, y: Tree, *, key: Array | None = None) -> Tree:
-        costs, backward = recursion(probed, loss, params, x, y, key)
-        return backward(jnp.ones_like(costs), each)
+        def part(
+            params: Tree, x: Tree, y: Tree, weights: Array, key: Array | None
+        ) -> tuple[Tree, Tree]:
+            costs, backward = recursion(probed, loss, params, x, y, key)
+            return (), backward(jnp.ones_like(costs), each)
+
+        return run(part, params, x, y, None, key)[1]
 
     return fn
 

@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from .layer import Layer, ModelError, described, no_parameters, rule
+from .checks import ModelError, described
+from .layer import Layer, no_parameters, rule
 from .shapes import Sizes
 
 Tree = Any

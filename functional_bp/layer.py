@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import textwrap
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -25,14 +24,12 @@ from typing import Any
 import jax
 from jax import Array
 
+from .checks import ModelError, described, flag, function, random_key, text, told
 from .contractions import contract_factors, keep
 from .factors import Factored
+from .meshes import by_examples, on_mesh
 
 Tree = Any
-
-
-class ModelError(ValueError):
-    """Something given to a model does not fit it; the message begins with the layer's place."""
 
 
 @contextlib.contextmanager
@@ -89,8 +86,16 @@ class Layer:
         """Outputs for a batch.
 
         Without ``key`` nothing is random (inference): dropout is the identity.
+
+        Raises:
+          ModelError: where parameters, inputs or key do not fit the model.
         """
-        return self.batched.forward(params, x, key)[0]
+        random_key("key", key)
+
+        def outputs(params: Tree, x: Tree, key: Array | None) -> Tree:
+            return self.batched.forward(params, x, key)[0]
+
+        return on_mesh(outputs, params, x, key, results=lambda: by_examples(x))
 
     def __call__(self, *_: Any, **__: Any) -> Any:
         raise ModelError(
@@ -99,6 +104,13 @@ class Layer:
 
     def __repr__(self) -> str:
         return self.name
+
+
+def a_layer(what: str, value: Any) -> Layer:
+    """A layer or model."""
+    if not isinstance(value, Layer):
+        raise ModelError(f"{what}: takes a bp.Layer, got {told(value)}")
+    return value
 
 
 def no_parameters(key: Array, x: Tree) -> Tree:
@@ -143,8 +155,19 @@ def rule(
         of factored gradients; ``name`` stands in front.
     """
 
+    text("name", name)
+    given: dict[str, Any] = {"init": init, "forward": forward, "backward": backward, "check": check}
+    for what, value in given.items():
+        function(f"{name}: {what}", value)
+    function(f"{name}: reference", reference, or_none=True)
+    flag(f"{name}: random", random)
+    flag(f"{name}: positionwise", positionwise)
+    if batched is not None:
+        a_layer(f"{name}: batched", batched)
+
     def named_init(key: Array, x: Tree) -> Tree:
         with place(f"{name}:"):
+            random_key("key", key)
             return init(key, shapes_of(x))
 
     def check_all(params: Tree, x: Tree) -> None:
@@ -252,23 +275,6 @@ def one_of(x: Tree) -> Tree:
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype),  # type: ignore[no-untyped-call]
         x,
     )
-
-
-def described(x: Tree) -> str:
-    """Shapes and dtypes of a tree, as an error says them: ``float32(32, 10)``."""
-
-    def leaf_text(leaf: Any) -> _Text:
-        if hasattr(leaf, "dtype"):
-            return _Text(f"{leaf.dtype}{tuple(leaf.shape)}")
-        return _Text(type(leaf).__name__)
-
-    return textwrap.shorten(str(jax.tree.map(leaf_text, x)), 300, placeholder=" …")
-
-
-class _Text(str):
-    """Text that prints without quotes inside a tree."""
-
-    __repr__ = str.__str__
 
 
 def textbook(layer: Layer) -> Layer:

@@ -35,8 +35,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from .checks import ModelError, described
 from .factors import accumulator
-from .layer import ModelError, described
 
 Tree = Any
 

@@ -12,16 +12,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
+from .checks import ModelError, described, told
 from .contractions import Dot, gram, keep, second_moment, squared_norm, total
 from .factors import Factored
 from .gradients import like, mean_weights
-from .layer import Layer, ModelError, described
+from .layer import Layer, a_layer
 from .losses import Loss, loss
+from .meshes import WHOLE, like_arrays
 from .microbatches import in_microbatches
-from .per_example import check_separate
-from .recursion import check_batch, checked_weights, recursion
+from .recursion import check_batch, check_separate, checked_weights, recursion
 
 Tree = Any
 
@@ -76,20 +78,25 @@ def grad_variance(
 
 def _moments(model: Layer, loss: Loss, microbatch: int | None) -> Callable[..., tuple[Tree, Tree]]:
     """``(params, x, y, weights, key) -> (Σ wₙ gₙ / Σ wₙ, Σ wₙ gₙ² / Σ wₙ)``."""
-    check_separate(model)
+    check_separate(model, loss)
     run = in_microbatches(model, microbatch)
 
     def fn(
         params: Tree, x: Tree, y: Tree, weights: Array | None, key: Array | None
     ) -> tuple[Tree, Tree]:
-        def part(x: Tree, y: Tree, weights: Array, key: Array | None) -> tuple[Tree, Tree]:
+        def part(
+            params: Tree, x: Tree, y: Tree, weights: Array, key: Array | None
+        ) -> tuple[Tree, Tree]:
             costs, backward = recursion(model.batched, loss, params, x, y, key)
             weights = weights.astype(costs.dtype)
             # δ scaled by √w squares to w gₙ².
             means = backward(jnp.sqrt(weights), second_moment)
             return (backward(weights, total), jax.tree.map(lambda m: m * costs.size, means)), ()
 
-        return run(part, x, y, mean_weights(x, y, weights), key)[0]
+        return run(
+            *(part, params, x, y, mean_weights(x, y, weights), key),
+            sums=lambda: (like_arrays(params),) * 2,
+        )[0]
 
     return fn
 
@@ -151,21 +158,25 @@ def grad_diversity(
 
 def _sums(model: Layer, loss: Loss, microbatch: int | None) -> Callable[..., tuple[Array, ...]]:
     """``(params, x, y, weights, key) -> (Σ wₙ, Σ wₙ ‖gₙ‖², ‖Σ wₙ gₙ‖²)``."""
-    check_separate(model)
+    check_separate(model, loss)
     run = in_microbatches(model, microbatch)
 
     def fn(
         params: Tree, x: Tree, y: Tree, weights: Array | None, key: Array | None
     ) -> tuple[Array, ...]:
-        def part(x: Tree, y: Tree, weights: Array, key: Array | None) -> tuple[Tree, Tree]:
+        def part(
+            params: Tree, x: Tree, y: Tree, weights: Array, key: Array | None
+        ) -> tuple[Tree, Tree]:
             costs, backward = recursion(model.batched, loss, params, x, y, key)
             weights = weights.astype(costs.dtype)
             squares = backward(jnp.ones_like(costs), squared_norm)
             return (weights @ _summed(squares, costs), backward(weights, total)), ()
 
         weights = checked_weights(x, y, weights)
-        (squares, sums), _ = run(part, x, y, weights, key)
-        square_of_sum = sum((g.ravel() @ g.ravel() for g in jax.tree.leaves(sums)), jnp.zeros(()))
+        (squares, sums), _ = run(
+            *(part, params, x, y, weights, key), sums=lambda: (WHOLE, like_arrays(params))
+        )
+        square_of_sum = sum(((g * g).sum() for g in jax.tree.leaves(sums)), jnp.zeros(()))
         return weights.sum().astype(squares.dtype), squares, square_of_sum
 
     return fn
@@ -189,7 +200,7 @@ def grad_gram(model: Layer, loss: Loss, *, microbatch: int | None = None) -> Cal
       ModelError: if a layer mixes examples, if ``other`` is not such a triple or has parameters
         of another tree, and when called with what does not fit the model.
     """
-    check_separate(model)
+    check_separate(model, loss)
     run = in_microbatches(model, microbatch)
 
     def factors(params: Tree, x: Tree, y: Tree, key: Array | None) -> Tree:
@@ -200,21 +211,33 @@ def grad_gram(model: Layer, loss: Loss, *, microbatch: int | None = None) -> Cal
         params: Tree, x: Tree, y: Tree, *, other: Tree = None, key: Array | None = None
     ) -> Array:
         n = check_batch(x, y)
-        if other is None and (microbatch is None or microbatch >= n):
+
+        def whole(
+            params: Tree, x: Tree, y: Tree, weights: Array, key: Array | None
+        ) -> tuple[Tree, Tree]:
             costs, backward = recursion(model.batched, loss, params, x, y, key)
             grams = backward(jnp.ones_like(costs), gram)
-            return sum(jax.tree.leaves(grams), jnp.zeros((n, n), costs.dtype))
-        params_m, x_m, y_m = (params, x, y) if other is None else _checked_other(params, other)
+            return (), sum(jax.tree.leaves(grams), jnp.zeros((n, n), costs.dtype))
 
-        def rows(x: Tree, y: Tree, weights: Array, key_n: Array | None) -> tuple[Tree, Tree]:
+        if other is None and (microbatch is None or microbatch >= n):
+            return run(whole, params, x, y, None, key)[1]
+        second = (params, x, y) if other is None else _checked_other(params, other)
+
+        def rows(
+            given: Tree, x: Tree, y: Tree, weights: Array, key_n: Array | None
+        ) -> tuple[Tree, Tree]:
+            params, (params_m, x_m, y_m), key = given
             ours = factors(params, x, y, key_n)
 
-            def columns(x: Tree, y: Tree, weights: Array, key_m: Array | None) -> tuple[Tree, Tree]:
+            def columns(
+                given: Tree, x: Tree, y: Tree, weights: Array, key_m: Array | None
+            ) -> tuple[Tree, Tree]:
+                params_m, ours = given
                 return (), _gram_of(factors(params_m, x, y, key_m), ours)
 
-            return (), run(columns, x_m, y_m, None, key)[1].T
+            return (), run(columns, (params_m, ours), x_m, y_m, None, key)[1].T
 
-        return run(rows, x, y, None, key)[1]
+        return run(rows, (params, second, key), x, y, None, key)[1]
 
     return fn
 
@@ -229,7 +252,7 @@ def _gram_of(ours: Tree, theirs: Tree) -> Array:
 
 def _checked_other(params: Tree, other: Tree) -> tuple[Tree, Tree, Tree]:
     if not isinstance(other, tuple) or len(other) != 3:
-        raise ModelError(f"other: takes the tuple (params, x, y) of a batch, got {type(other)}")
+        raise ModelError(f"other: takes the tuple (params, x, y) of a batch, got {told(other)}")
     check_like_params("other", params, other[0])
     return other
 
@@ -253,7 +276,7 @@ def empirical_ntk(model: Layer, *, microbatch: int | None = None) -> Callable[..
       ModelError: if a layer mixes examples, if the output is not one array, and when called with
         what does not fit the model.
     """
-    grams = grad_gram(model, _output, microbatch=microbatch)
+    grams = grad_gram(a_layer("model", model), _output, microbatch=microbatch)
 
     def fn(params: Tree, x: Tree, *, other: Tree = None) -> Array:
         a = jax.eval_shape(lambda: model.apply(params, x))
@@ -296,18 +319,21 @@ def grad_dots(model: Layer, loss: Loss, *, microbatch: int | None = None) -> Cal
       ModelError: if a layer mixes examples, if v has not the tree and shapes of the parameters,
         and when called with what does not fit the model.
     """
-    check_separate(model)
+    check_separate(model, loss)
     run = in_microbatches(model, microbatch)
 
     def fn(params: Tree, x: Tree, y: Tree, v: Tree, *, key: Array | None = None) -> Array:
         check_like_params("v", params, v)
-        contract = jax.tree.map(lambda p, v: Dot(jnp.asarray(v, p.dtype)), params, v)
+        v = jax.tree.map(lambda p, v: jnp.asarray(v, p.dtype), params, v)
 
-        def part(x: Tree, y: Tree, weights: Array, key: Array | None) -> tuple[Tree, Tree]:
+        def part(
+            given: Tree, x: Tree, y: Tree, weights: Array, key: Array | None
+        ) -> tuple[Tree, Tree]:
+            params, contract = given[0], jax.tree.map(Dot, given[1])
             costs, backward = recursion(model.batched, loss, params, x, y, key)
             return (), _summed(backward(jnp.ones_like(costs), contract), costs)
 
-        return run(part, x, y, None, key)[1]
+        return run(part, (params, v), x, y, None, key)[1]
 
     return fn
 
@@ -319,8 +345,13 @@ def _summed(results: Tree, costs: Array) -> Array:
 
 def check_like_params(what: str, params: Tree, v: Tree) -> None:
     """Raises unless ``v`` has the tree and the shapes of the parameters."""
-    if jax.tree.map(jnp.shape, params) != jax.tree.map(jnp.shape, v):
+    tree: Any = jax.tree.structure(params)
+    same = tree == jax.tree.structure(v) and all(
+        np.shape(p) == np.shape(leaf) and not np.iscomplexobj(leaf)
+        for p, leaf in zip(jax.tree.leaves(params), jax.tree.leaves(v))
+    )
+    if not same:
         raise ModelError(
             f"{what}: takes the tree and shapes of the parameters, {described(params)}; got "
-            f"{jax.tree.map(jnp.shape, v)}"
+            f"{told(v)}"
         )

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from .checks import ModelError, choice, flag, number
 from .contractions import (
     Weighted,
     contract_factors,
@@ -19,10 +20,11 @@ from .contractions import (
     total,
 )
 from .gradients import like
-from .layer import Layer, ModelError
+from .layer import Layer
 from .losses import Loss
+from .meshes import WHOLE, like_arrays
 from .microbatches import in_microbatches
-from .recursion import check_batch, recursion
+from .recursion import check_batch, check_separate, recursion
 
 Tree = Any
 GROUPS = ("model", "layer", "parameter")
@@ -43,15 +45,17 @@ def per_example_grads(
     Raises:
       ModelError: if a layer mixes examples, and when called with what does not fit the model.
     """
-    check_separate(model)
+    check_separate(model, loss)
     run = in_microbatches(model, microbatch)
 
     def fn(params: Tree, x: Tree, y: Tree, *, key: Array | None = None) -> Tree:
-        def part(x: Tree, y: Tree, weights: Array, key: Array | None) -> tuple[Tree, Tree]:
+        def part(
+            params: Tree, x: Tree, y: Tree, weights: Array, key: Array | None
+        ) -> tuple[Tree, Tree]:
             costs, backward = recursion(model.batched, loss, params, x, y, key)
             return (), like(params, backward(jnp.ones_like(costs), each))
 
-        return run(part, x, y, None, key)[1]
+        return run(part, params, x, y, None, key)[1]
 
     return fn
 
@@ -77,17 +81,19 @@ def per_example_grad_norms(
       ValueError: for an unknown ``per``.
       ModelError: if a layer mixes examples, and when called with what does not fit the model.
     """
-    check_separate(model)
-    _check_group(per)
+    check_separate(model, loss)
+    choice("per", per, GROUPS)
     run = in_microbatches(model, microbatch)
 
     def fn(params: Tree, x: Tree, y: Tree, *, key: Array | None = None) -> Tree:
-        def part(x: Tree, y: Tree, weights: Array, key: Array | None) -> tuple[Tree, Tree]:
+        def part(
+            params: Tree, x: Tree, y: Tree, weights: Array, key: Array | None
+        ) -> tuple[Tree, Tree]:
             costs, backward = recursion(model.batched, loss, params, x, y, key)
             squared = backward(jnp.ones_like(costs), squared_norms)
             return (), _batch_first(_norms(squared, per, costs))
 
-        return run(part, x, y, None, key)[1]
+        return run(part, params, x, y, None, key)[1]
 
     return fn
 
@@ -130,7 +136,7 @@ def clipped_grad(
     recursions hold one layer's δ at a time, so they are the default.
 
     Args:
-      max_norm: the L2 norm to which each example's gradient is clipped, above 0.
+      max_norm: the L2 norm to which each example's gradient is clipped, finite and above 0.
       normalize_by: the divisor, above 0; the number of rows of the batch if not given.
       per: ``"model"``: one norm over all parameters. ``"layer"`` or ``"parameter"``: each of the
         K layers or parameters (as in ``per_example_grad_norms``; those of a ``repeat`` count one
@@ -142,22 +148,25 @@ def clipped_grad(
 
     Returns:
       ``fn(params, x, y, *, weights=None, key=None) -> tree`` of ``params``. Weights wₙ are 1 if
-      not given; an example of weight 0 adds nothing and never changes the divisor. With weights
-      of 0 and 1, adding or removing one example changes g by at most max_norm / normalize_by.
-      An example whose gradient is not finite, or whose squared norm overflows, adds nothing.
+      not given; an example of weight 0 adds nothing and never changes the divisor. Adding or
+      removing an example of weight w changes g by at most w · max_norm / normalize_by, where
+      ``normalize_by`` is given: the number of rows, which stands in for it, is another then.
+      An example whose gradient is not finite, or whose squared norm overflows, adds nothing; g is
+      0 where no example is left, or where what is left does not sum to finite numbers.
 
     Raises:
       ValueError: if ``max_norm`` or ``normalize_by`` is not above 0, and for an unknown ``per``
         or ``recursions``.
       ModelError: if a layer mixes examples, and when called with what does not fit the model.
     """
-    check_separate(model)
-    _check_group(per)
-    _check_positive("max_norm", max_norm)
+    check_separate(model, loss)
+    choice("per", per, GROUPS)
+    number("max_norm", max_norm, above=0)
     if normalize_by is not None:
-        _check_positive("normalize_by", normalize_by)
-    if recursions not in (1, 2):
-        raise ValueError(f"recursions: takes 1 or 2, got {recursions!r}")
+        number("normalize_by", normalize_by, above=0)
+    if isinstance(recursions, bool) or recursions not in (1, 2):
+        raise ModelError(f"recursions: takes 1 or 2, got {recursions!r}")
+    flag("has_aux", has_aux)
     run = in_microbatches(model, microbatch)
 
     def fn(
@@ -166,7 +175,7 @@ def clipped_grad(
         divisor = check_batch(x, y) if normalize_by is None else normalize_by
 
         def clipped(
-            x: Tree, y: Tree, weights: Array, key: Array | None
+            params: Tree, x: Tree, y: Tree, weights: Array, key: Array | None
         ) -> tuple[Tree, Tree, Array]:
             """Σₙ cₙ gₙ and Σₙ wₙ Cₙ; the norms of each group; which examples are finite."""
             costs, backward = recursion(model.batched, loss, params, x, y, key)
@@ -191,23 +200,28 @@ def clipped_grad(
                 )
             return (sums, weights @ jnp.where(finite, costs, 0)), norms, finite
 
-        def part(x: Tree, y: Tree, weights: Array, key: Array | None) -> tuple[Tree, Tree]:
-            sums, norms, finite = clipped(x, y, weights, key)
+        def part(
+            params: Tree, x: Tree, y: Tree, weights: Array, key: Array | None
+        ) -> tuple[Tree, Tree]:
+            sums, norms, finite = clipped(params, x, y, weights, key)
             counted = jnp.where(finite, weights, 0)
 
             # 0 · NaN is NaN in Σₙ δₙ aₙᵀ, so a weight of 0 does not remove what is not finite:
-            # where there is such an example, all is done once more with zeros in its place. As a
-            # loop of no or one turn this keeps nothing alive for the case that almost never is.
+            # where there is such an example, all is done once more with a finite one in its place
+            # (not zeros, at which a model may be undefined). As a loop of no or one turn this
+            # keeps nothing alive for the case that almost never is.
             def without(state: tuple[Tree, Array]) -> tuple[Tree, Array]:
-                blank_x, blank_y = jax.tree.map(lambda leaf: _where(finite, leaf), (x, y))
-                again, _, _ = clipped(blank_x, blank_y, counted, key)
-                some = finite.any()
-                return jax.tree.map(lambda s: jnp.where(some, s, 0), again), jnp.array(True)
+                x_, y_ = jax.tree.map(lambda leaf: _replaced(finite, leaf), (x, y))
+                again, _, _ = clipped(params, x_, y_, counted, key)
+                right = finite.any() & _no_nan_or_inf(again)
+                return jax.tree.map(lambda s: jnp.where(right, s, 0), again), jnp.array(True)
 
             sums, _ = lax.while_loop(lambda s: ~s[1], without, (sums, finite.all()))
             return (*sums, counted.sum()), _batch_first(norms)
 
-        (sums, cost, count), norms = run(part, x, y, weights, key)
+        (sums, cost, count), norms = run(
+            *(part, params, x, y, weights, key), sums=lambda: (like_arrays(params), WHOLE, WHOLE)
+        )
         gradient = like(params, sums)
         return (gradient, Clipped(cost / jnp.maximum(count, 1e-30), norms)) if has_aux else gradient
 
@@ -217,21 +231,27 @@ def clipped_grad(
 def _norms(squared: Tree, per: str, costs: Array) -> Tree:
     """Norms of each group of parameters, ``(*layers of the stack, batch)``, from their squares."""
     if per == "parameter":
-        return jax.tree.map(jnp.sqrt, squared)
+        return jax.tree.map(_root, squared)
 
     def norm(below: Tree) -> Tree:
         leaves = jax.tree.leaves(below)
-        return jnp.sqrt(sum(leaves)) if leaves else below
+        return _root(sum(leaves, jnp.zeros_like(costs))) if leaves else below
 
     if per == "layer":
         return jax.tree.map(norm, squared, is_leaf=lambda node: isinstance(node, dict))
     leaves = jax.tree.leaves(squared)
-    return jnp.sqrt(sum((s.sum(range(s.ndim - 1)) for s in leaves), jnp.zeros_like(costs)))
+    return _root(sum((s.sum(range(s.ndim - 1)) for s in leaves), jnp.zeros_like(costs)))
+
+
+def _root(squared: Array) -> Array:
+    """√, with a derivative of 0 at 0: that of the norm of a gradient that stays 0."""
+    zero = squared == 0
+    return jnp.where(zero, 0, jnp.sqrt(jnp.where(zero, 1, squared)))
 
 
 def _clipping_weights(norms: Tree, max_norm: float, weights: Array) -> Tree:
     """wₙ min(1, c / ‖gₙ‖) for each group, c = max_norm / √K."""
-    groups = sum(norm[..., 0].size for norm in jax.tree.leaves(norms))
+    groups = sum(math.prod(norm.shape[:-1]) for norm in jax.tree.leaves(norms))
     bound = max_norm / math.sqrt(groups)
     # c / max(c, ‖gₙ‖) is exact at ‖gₙ‖ = 0; where a norm is not finite the weight is 0 already.
     return jax.tree.map(
@@ -239,9 +259,20 @@ def _clipping_weights(norms: Tree, max_norm: float, weights: Array) -> Tree:
     )
 
 
-def _where(mask: Array, leaf: Array) -> Array:
-    """Example n of ``leaf`` where the mask is true, zeros elsewhere."""
-    return jnp.where(mask.reshape(-1, *(1,) * (leaf.ndim - 1)), leaf, 0)
+def _replaced(finite: Array, leaf: Array) -> Array:
+    """Example n of ``leaf`` where it is finite, elsewhere the first that is."""
+    places = jnp.arange(len(finite))
+    first = places == jnp.where(finite, places, len(finite)).min()
+    mask, first = (m.reshape(-1, *(1,) * (leaf.ndim - 1)) for m in (finite, first))
+    # A sum of one example and zeros, not a look-up, which would gather a batch that is split among
+    # devices.
+    stand_in = jnp.where(first, leaf, jnp.zeros((), leaf.dtype))
+    stand_in = stand_in.any(0) if leaf.dtype == bool else stand_in.sum(0, dtype=leaf.dtype)
+    return jnp.where(mask, leaf, stand_in)
+
+
+def _no_nan_or_inf(tree: Tree) -> Array:
+    return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]).all()
 
 
 def _with_weights(scales: Tree, squared: Tree) -> Tree:
@@ -261,24 +292,3 @@ def _all_finite(norms: Tree) -> Array:
 
 def _batch_first(norms: Tree) -> Tree:
     return jax.tree.map(lambda norm: jnp.moveaxis(norm, -1, 0), norms)
-
-
-def check_separate(model: Layer) -> None:
-    """Raises where an example's output depends on the other examples of its batch."""
-    if model.mixes_examples:
-        raise ModelError(
-            f"{model.name}: mixes the examples of a batch, so no example has a gradient of its "
-            "own; use a layer that does not, such as layer_norm or group_norm"
-        )
-
-
-def _check_group(per: str) -> None:
-    if per not in GROUPS:
-        raise ValueError(f"per: takes one of {GROUPS}, got {per!r}")
-
-
-def _check_positive(what: str, value: float) -> None:
-    if isinstance(value, jax.core.Tracer):
-        return
-    if not (value > 0) or math.isnan(value):
-        raise ValueError(f"{what}: takes a number above 0, got {value}")

@@ -16,10 +16,11 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from .checks import ModelError
 from .contractions import keep
 from .dense import lecun_normal
 from .factors import Outer, Summed
-from .layer import Layer, ModelError, place
+from .layer import Layer, place
 from .shapes import Sizes
 from .through_time import (
     Cell,
@@ -101,7 +102,8 @@ def rnn(hidden: int, *, activation: str = "tanh", **options: Any) -> Layer:
         delta = dstate["h"] * df
         return {"h": product(transposed["weight_h"], delta)}, delta
 
-    cell = Cell("rnn", hidden, ("h",), init, forward, local, backward, _factors)
+    said = {} if activation == "tanh" else {"activation": activation}
+    cell = Cell("rnn", hidden, ("h",), init, forward, local, backward, _factors, said)
     return through_time(cell, **options)
 
 

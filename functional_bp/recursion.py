@@ -9,11 +9,30 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from .checks import ModelError, described, told, weights_of
 from .factors import per_example
-from .layer import Layer, ModelError, batch_size, described, place
+from .layer import Layer, batch_size, place
 from .losses import Loss
 
 Tree = Any
+
+
+def check_model(model: Layer, loss: Loss) -> None:
+    """Raises unless they are a layer and a loss."""
+    if not isinstance(model, Layer) or not isinstance(loss, Loss):
+        raise ModelError(
+            f"takes a layer and a loss of bp.losses, got {told(model)} and {told(loss)}"
+        )
+
+
+def check_separate(model: Layer, loss: Loss) -> None:
+    """Raises unless they are a layer and a loss, and each example has a gradient of its own."""
+    check_model(model, loss)
+    if model.mixes_examples:
+        raise ModelError(
+            f"{model.name}: mixes the examples of a batch, so no example has a gradient of its "
+            "own; use a layer that does not, such as layer_norm or group_norm"
+        )
 
 
 def recursion(
@@ -80,6 +99,4 @@ def checked_weights(x: Tree, y: Tree, weights: Array | None) -> Array:
     n = check_batch(x, y)
     if weights is None:
         return jnp.ones(n)
-    if jnp.shape(weights) != (n,):
-        raise ModelError(f"weights: takes one per example, ({n},), got {jnp.shape(weights)}")
-    return jnp.asarray(weights, jnp.result_type(float))
+    return jnp.asarray(weights_of(n, weights), jnp.result_type(float))

@@ -9,7 +9,8 @@ from typing import Any
 import jax
 from jax import Array
 
-from .layer import Layer, described
+from .checks import described
+from .layer import Layer
 
 Tree = Any
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .layer import ModelError
+from .checks import ModelError
 
 Tree = Any
 

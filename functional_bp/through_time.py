@@ -34,10 +34,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from .checks import ModelError, described
 from .combinators import broadcast
 from .contractions import Contraction, Drop, Total, contract_factors, keep
-from .factors import Itself, accumulator
-from .layer import Layer, ModelError, described, one_of, place
+from .factors import Factored, Itself, Outer, accumulator
+from .layer import Layer, one_of, place
 
 Tree = Any
 State = dict[str, Array]
@@ -66,6 +67,7 @@ class Cell:
       backward: ``(paramsᵀ, local_t, ∂C/∂s_t) -> (∂C/∂s_{t−1}, δ_t)``, every matrix transposed.
       factors: ``(δ, x, h_before) -> factors`` over any leading axes of examples and steps; the δ
         that meets x in ``weight_x`` is ∂C/∂p.
+      options: what else the layer's name says of the cell, ``{"activation": "relu"}``.
     """
 
     name: str
@@ -76,6 +78,7 @@ class Cell:
     local: Callable[[Tree], Tree]
     backward: Callable[..., tuple[State, Tree]]
     factors: Callable[..., Tree]
+    options: dict[str, Any] = field(default_factory=dict)
 
 
 def product(W: Array, a: Array) -> Array:
@@ -268,7 +271,17 @@ class _ThroughTime:
 
     @property
     def name(self) -> str:
-        return f"{self.cell.name}({self.cell.hidden})"
+        """With the options that are not the defaults: ``lstm(4, reverse=True)``."""
+        options = {
+            **self.cell.options,
+            "output": self.output != "sequence" and self.output,
+            "reverse": self.reverse,
+            "trained_state": self.trained_state,
+            "truncate": self.truncate,
+            "checkpoint": self.checkpoint,
+        }
+        given = [f"{name}={value}" for name, value in options.items() if value]
+        return f"{self.cell.name}({', '.join([str(self.cell.hidden), *given])})"
 
     def init(self, key: Array, x: Tree) -> Tree:
         x = as_tree(x)["x"]
@@ -303,9 +316,10 @@ class _ThroughTime:
     ) -> tuple[State, Array, Tree]:
         """The steps of one block: the state after them, every h_t, ``(t, n, h)``, and what each
         step saved."""
-        steps, examples, features = xs.shape
-        p = product(params["weight_x"], xs.reshape(-1, features).T)
-        p, axis = p.reshape(-1, steps, examples), 1
+        steps, examples, _ = xs.shape
+        W, axis = params["weight_x"], 1
+        p = jnp.einsum("kd,tnd->ktn", W, xs, preferred_element_type=accumulator(W, xs))
+        p = p.astype(jnp.result_type(W, xs))
         if examples < 8:  # too few for a step to read them where they lie, in pieces
             p, axis = jnp.moveaxis(p, 1, 0), 0
 
@@ -379,26 +393,18 @@ class _ThroughTime:
 
             of_steps = (dy, self.cell.local(saved), valid, through)
             dstate, (delta, dh) = lax.scan(step, dstate, of_steps, reverse=True)
+            delta = turned(delta)
+            factors = self.cell.factors(delta, xs, h_before)
+            dx = product(factors["weight_x"].u, params["weight_x"])  # ∂C/∂x_t = W_xᵀ δ_t, as rows
             if not totals:
-                delta = turned(delta)
-                dx = self._input_delta(params, delta, xs, h_before)
                 return dstate, None, (dx, (delta, h_before, turned(dh)))
-            # To a sum over all of them, steps are as good as examples.
-            together = jax.tree.map(
-                lambda d: jnp.moveaxis(d, 1, 0).reshape(d.shape[1], -1).T, delta
-            )
-            x, h = (rows.reshape(-1, rows.shape[-1]) for rows in (xs, h_before))
-            dx = self._input_delta(params, together, x, h).reshape(xs.shape)
-            return dstate, contract_factors(totals, self.cell.factors(together, x, h)), (dx, None)
+            of_steps = jax.tree.map(_total_of_steps, totals, factors, is_leaf=_is_contraction)
+            return dstate, of_steps, (dx, None)
 
         dstate, sums, stacked = time.backward(block, dstate, saved)
         dstate = jax.tree.map(jnp.transpose, dstate)
         dx, taken = time.join(stacked)
         return self._input_deltas(inputs, dy, dx, dstate), dstate, sums, taken
-
-    def _input_delta(self, params: Tree, delta: Tree, x: Array, h_before: Array) -> Array:
-        """∂C/∂x_t = W_xᵀ δ_t, for rows δ_t."""
-        return product(self.cell.factors(delta, x, h_before)["weight_x"].u, params["weight_x"])
 
     def reference(self, params: Tree, x: Tree, key: Array | None = None) -> Tree:
         """One scan over time, for autodiff."""
@@ -542,6 +548,19 @@ def _only_example(tree: Tree) -> Tree:
 
 def _is_contraction(node: Any) -> bool:
     return isinstance(node, Contraction)
+
+
+def _total_of_steps(contract: Contraction, factor: Factored) -> Array | None:
+    """The total of ``(t, n, …)``: to a sum over all of them, steps are as good as examples.
+
+    Said on two axes: on one, examples that are split among devices would have to be gathered.
+    """
+    if isinstance(contract, Drop):
+        return None
+    if isinstance(factor, Outer):
+        u, v = factor.u, factor.v
+        return jnp.einsum("tno,tni->oi", u, v, preferred_element_type=accumulator(u, v))
+    return jax.vmap(lambda f: f.total())(factor).sum(0)
 
 
 def _placed(name: str, function: Callable[..., Any]) -> Callable[..., Any]:

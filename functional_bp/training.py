@@ -8,9 +8,9 @@ import functools
 import itertools
 import operator
 import os
-from collections.abc import Callable, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,19 +18,23 @@ import numpy as np
 import optax
 from jax import Array
 
-from .batches import Batch, Batches, Padded, each_epoch
-from .checkpoint import Checkpoints, Position, described_run
+from .batches import Batch, Batches, Padded, each_epoch, with_first
+from .checkpoint import Checkpoints, Position
+from .checks import ModelError, random_key, whole
 from .freezing import Frozen, frozen_leaves, merged, trainable
 from .gradients import value_and_grad
-from .layer import Layer, ModelError, place
+from .interrupts import Interrupts
+from .layer import Layer, place
 from .losses import Loss
-from .tensors import named
+from .program import contents_of, program_of
+from .run_identity import Identity, described_run, described_settings, hyperparameters
 
 Tree = Any
 Metric = Callable[[Tree, Tree], Array]
 
 State = tuple[Tree, Tree, Array]  # the trained parameters, the optimiser's state, the step
 
+_NO_BATCH: Any = object()
 _MOST_UNREAD = 256  # steps that may pass before the host reads their losses
 
 
@@ -187,24 +191,31 @@ def fit(
         or within 256 steps: no step waits for its loss.
       progress: whether to show a progress bar, where tqdm is installed.
       checkpoints: a folder for checkpoints (the extra ``checkpoint``). The two latest are kept. A
-        process killed at any moment leaves the last complete one.
+        process killed at any moment leaves the last complete one. One that Ctrl-C ends leaves one
+        of its last step before ``KeyboardInterrupt`` goes on; a second Ctrl-C ends it at once. One
+        run at a time writes in a folder.
       resume: whether to go on from the latest checkpoint in the folder, if it has one. Parameters,
         optimiser, noise and history become those of a run that never stopped, bit for bit, if
-        ``batches`` gives each epoch the same batches again.
+        ``batches`` gives each epoch the same batches again. Another model, loss, kind of optimiser,
+        key or choice of frozen parameters is refused, functions of the same name but another
+        content included. Another learning rate or option of the optimiser, batch size, order of
+        the batches, method, microbatch or version of JAX is taken, and said by a ``UserWarning``.
+        To compare, the first batch of the first epoch is asked for once more.
 
     Returns:
       The ``bp.Run``.
 
     Raises:
       FloatingPointError: where a loss is not finite, with its step.
-      ModelError: where a batch does not fit the model, and where a checkpoint is of another model,
-        optimiser or key, with the file and every difference.
+      KeyboardInterrupt: after Ctrl-C.
+      ModelError: where a batch does not fit the model, and where a checkpoint is of another run,
+        with the file and every difference.
+      OSError: where a checkpoint cannot be written, with its step and the latest complete one.
       ValueError: for an argument out of range; for an iterator that can be run through only once
         and more than one epoch; for a checkpoint that cannot be read; for a folder that has
-        checkpoints if ``resume`` is False.
+        checkpoints if ``resume`` is False, or in which another run writes.
     """
-    _check_arguments(optimizer, epochs, steps, every)
-    source = each_epoch(batches, epochs)
+    _check_arguments(optimizer, epochs, steps, every, key)
     frozen = frozen_leaves(params, frozen)
     flags = (jax.tree.structure(frozen), tuple(jax.tree.leaves(frozen)))
     params = _copied(params)
@@ -214,6 +225,7 @@ def fit(
         model=model,
         loss=loss,
         advance=_advance(model, loss, optimizer, method, flags, microbatch),
+        source=each_epoch(batches, epochs),
         state=state,
         rest=rest,
         frozen=frozen,
@@ -225,25 +237,23 @@ def fit(
         every=every,
         stop_on_nan=stop_on_nan,
         callbacks=tuple(callbacks),
+        interrupts=Interrupts(hold=checkpoints is not None),
     )
     if evaluation is not None:
         each_epoch(evaluation, epochs=2)  # it is needed at every look
         measure = evaluate(model, loss, metrics=metrics)
         training.evaluate = lambda params: measure(params, evaluation)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(training.interrupts)
         if checkpoints is not None:
-            training.store = stack.enter_context(training.opened(checkpoints))
+            halves = _halves(model, loss, optimizer, method, flags, None)
+            settings = {"method": method, "microbatch": str(microbatch or "none")}
+            identity = training.identity(batches, halves, settings)
+            training.store = stack.enter_context(Checkpoints(checkpoints, identity))
             training.begin(resume)
         if progress:
             training.bar = _progress_bar(stack, training, batches)
-        while not training.finished:
-            for batch in itertools.islice(source(training.epoch), training.batch, None):
-                training.train(batch)
-                if training.finished:
-                    break
-            else:
-                training.end_epoch()
-        training.look()
+        training.train()
     return training.run
 
 
@@ -254,6 +264,7 @@ class _Training:
     model: Layer
     loss: Loss
     advance: Callable[..., tuple[Tree, Array]]
+    source: Callable[[int], Iterable[Batch]]
     state: State
     rest: Tree
     frozen: Tree
@@ -265,6 +276,7 @@ class _Training:
     every: int | None
     stop_on_nan: bool
     callbacks: tuple[Callable[[Run], Any], ...]
+    interrupts: Interrupts
     evaluate: Callable[[Tree], dict[str, float]] | None = None
     store: Checkpoints | None = None
     bar: Any = None
@@ -272,6 +284,7 @@ class _Training:
     batch: int = 0
     step: int = 0
     looked: int = 0
+    saved: int = 0
     stopped: bool = False
     unread: list[Array] = field(default_factory=list)
     history: History = _UNTRAINED
@@ -283,11 +296,45 @@ class _Training:
         return Run(params, opt_state, self.step, self.epoch, self.history)
 
     @property
+    def at_look(self) -> bool:
+        """Whether the run stands where it is looked at."""
+        return self.batch == 0 if self.every is None else self.step % self.every == 0
+
+    @property
     def finished(self) -> bool:
         over = self.epochs is not None and self.epoch >= self.epochs
         return self.stopped or over or (self.steps is not None and self.step >= self.steps)
 
-    def train(self, batch: Batch) -> None:
+    def train(self) -> None:
+        try:
+            if self.at_look:  # a run that was interrupted at a look has it before it
+                self.look()
+            while not self.finished:
+                for batch in self.batches_left():
+                    self.take_step(batch)
+                    if self.finished:
+                        break
+                else:
+                    self.end_epoch()
+            self.look()
+        except KeyboardInterrupt:
+            if self.store is not None and self.interrupts.whole:
+                self.read()
+                self.save()
+            raise
+
+    def batches_left(self) -> Iterator[Batch]:
+        """Those of the epoch, each fetched while nothing is in the making."""
+        with self.interrupts.allowed():
+            left = itertools.islice(self.source(self.epoch), self.batch, None)
+        while True:
+            with self.interrupts.allowed():
+                batch = next(left, _NO_BATCH)
+            if batch is _NO_BATCH:
+                return
+            yield batch
+
+    def take_step(self, batch: Batch) -> None:
         x, y, weights = self.padded(batch)
         self.targets.add(x, y, self.padded.usual)
         self.state, loss = self.advance(self.state, self.rest, x, y, weights, self.key)
@@ -296,7 +343,7 @@ class _Training:
         self.batch += 1
         if self.bar is not None:
             self.bar.update()
-        if self.every is not None and self.step % self.every == 0:
+        if self.at_look:
             self.look()
         elif len(self.unread) == _MOST_UNREAD:
             self.read()
@@ -307,7 +354,7 @@ class _Training:
         self.read()
         self.epoch += 1
         self.batch = 0
-        if self.every is None:
+        if self.at_look:
             self.look()
 
     def read(self) -> None:
@@ -329,27 +376,56 @@ class _Training:
         """What the host does between steps; nothing, if it has done so since the last one."""
         if self.looked == self.step:
             return
-        self.looked = self.step
         self.read()
-        if self.evaluate is not None:
-            values = self.evaluate(self.run.params)
-            self.history = self.history._with_evaluation(self.step, values)
-        if self.bar is not None:
-            self.bar.set_postfix(loss=f"{self.history.epoch_loss[-1]:.4g}")
-        self.stopped = any([callback(self.run) is True for callback in self.callbacks])
-        if self.store is not None:
-            position = Position(self.step, self.epoch, self.batch, self.padded.rows, self.stopped)
-            self.store.save(self.kept, dataclasses.asdict(self.history), position)
+        with self.interrupts.allowed():
+            run = self.run
+            if self.evaluate is not None:
+                history = run.history._with_evaluation(self.step, self.evaluate(run.params))
+                run = dataclasses.replace(run, history=history)
+            if self.bar is not None:
+                self.bar.set_postfix(loss=f"{run.history.epoch_loss[-1]:.4g}")
+            stopped = any([callback(run) is True for callback in self.callbacks])
+        # Noted when it is over: who goes on with a run that was interrupted here looks again.
+        self.history, self.stopped, self.looked = run.history, stopped, self.step
+        self.save()
+
+    def save(self) -> None:
+        """Writes a checkpoint, unless there is one of this step."""
+        if self.store is None or self.saved == self.step:
+            return
+        self.saved = self.step
+        position = Position(
+            self.step, self.epoch, self.batch, self.padded.rows, self.stopped, self.looked
+        )
+        self.store.save(self.kept, dataclasses.asdict(self.history), position)
 
     @property
     def kept(self) -> dict[str, Tree]:
         """The arrays that a checkpoint holds."""
         return {"params": self.run.params, "opt_state": self.state[1], "key": self.key}
 
-    def opened(self, folder: str | os.PathLike[str]) -> Checkpoints:
-        frozen = ", ".join(named(self.rest)) or "none"
-        names = {"model": self.model.name, "loss": self.loss.name, "frozen": frozen}
-        return Checkpoints(folder, names | described_run(self.kept))
+    def identity(self, batches: Batches, halves: _Halves, settings: dict[str, str]) -> Identity:
+        """What the run is, as far as it can be known: all of it, if there is a batch.
+
+        What a step computes is traced for two examples, so that batches may be of another size.
+        """
+        run = described_run(self.model, self.loss, self.kept, self.rest)
+        fingerprints = {"hyperparameters": hyperparameters(self.state[1])}
+        batch, self.source = with_first(batches, self.source)
+        if batch is None:
+            return Identity(run, settings, fingerprints)
+        first = Padded(fill=False)(batch)
+        x, y, weights = first if self.model.mixes_examples else jax.tree.map(_two_of, first)
+        of_step = {"x": x, "y": y, "weights": weights, "key": self.key}
+        trained, opt_state, _ = self.state
+        gradient, results = program_of(halves.gradient, trained, self.rest, of_step)
+        update, _ = program_of(halves.update, trained, self.rest, opt_state, of_step, *results)
+        return Identity(
+            run,
+            settings | described_settings(self.model, first),
+            fingerprints
+            | {"gradient": gradient, "update": update, "first batch": contents_of(first)},
+        )
 
     def begin(self, resume: bool) -> None:
         """Goes to where the latest checkpoint was written, if there is one."""
@@ -365,7 +441,8 @@ class _Training:
         self.state, self.rest = _split(
             kept["params"], self.frozen, kept["opt_state"], position.step
         )
-        self.step = self.looked = position.step
+        self.step = self.saved = position.step
+        self.looked = position.looked
         self.epoch, self.batch, self.stopped = position.epoch, position.batch, position.stopped
         self.padded.rows = position.rows
         self.history = _history(arrays)
@@ -385,6 +462,11 @@ def _history(arrays: dict[str, np.ndarray]) -> History:
         if name not in of_run
     }
     return dataclasses.replace(_UNTRAINED, **of_run, evaluation=evaluation)
+
+
+def _two_of(leaf: Array) -> jax.ShapeDtypeStruct:
+    """The shape of a batch's array, were it of two examples."""
+    return jax.ShapeDtypeStruct((2, *leaf.shape[1:]), leaf.dtype)  # type: ignore[no-untyped-call]
 
 
 def _copied(tree: Tree) -> Tree:
@@ -439,10 +521,7 @@ def _advance(
     Args:
       frozen: a tree of bools as its structure and leaves, which can be looked up.
     """
-    frozen = jax.tree.unflatten(*frozen)
-    value = value_and_grad(model, loss, method=method, frozen=frozen, microbatch=microbatch)
-    differentiable = value_and_grad(model, loss, method="autodiff", frozen=frozen)
-    update = optax.with_extra_args_support(optimizer).update
+    halves = _halves(model, loss, optimizer, method, frozen, microbatch)
 
     @functools.partial(jax.jit, donate_argnums=0)
     def advance(
@@ -451,21 +530,60 @@ def _advance(
         trained, opt_state, step = state
         key = None if key is None else jax.random.fold_in(key, step)
         batch = {"x": x, "y": y, "weights": weights, "key": key}
-        cost, gradient = value(merged(trained, rest), **batch)
+        cost, gradient = halves.gradient(trained, rest, batch)
+        trained, opt_state = halves.update(trained, rest, opt_state, batch, cost, gradient)
+        return (trained, opt_state, step + 1), jnp.stack([cost, weights.sum().astype(cost.dtype)])
 
+    return advance
+
+
+class _Halves(NamedTuple):
+    """A step's two halves.
+
+    Attributes:
+      gradient: ``(trained, rest, batch) -> (cost, gradient)``.
+      update: ``(trained, rest, opt_state, batch, cost, gradient) -> (trained, opt_state)``.
+    """
+
+    gradient: Callable[..., tuple[Array, Tree]]
+    update: Callable[..., tuple[Tree, Tree]]
+
+
+def _halves(
+    model: Layer,
+    loss: Loss,
+    optimizer: optax.GradientTransformation,
+    method: str,
+    frozen: tuple[Any, tuple[bool, ...]],
+    microbatch: int | None,
+) -> _Halves:
+    frozen = jax.tree.unflatten(*frozen)
+    value = value_and_grad(model, loss, method=method, frozen=frozen, microbatch=microbatch)
+    differentiable = value_and_grad(model, loss, method="autodiff", frozen=frozen)
+    optimizer = optax.with_extra_args_support(optimizer)
+
+    def gradient(trained: Tree, rest: Tree, batch: Tree) -> tuple[Array, Tree]:
+        return value(merged(trained, rest), **batch)
+
+    def update(
+        trained: Tree, rest: Tree, opt_state: Tree, batch: Tree, cost: Array, gradient: Tree
+    ) -> tuple[Tree, Tree]:
         def value_fn(
-            trained: Tree, x: Tree = x, y: Tree = y, weights: Array = weights, key: Any = key
+            trained: Tree,
+            x: Tree = batch["x"],
+            y: Tree = batch["y"],
+            weights: Array = batch["weights"],
+            key: Any = batch["key"],
         ) -> Array:
             return differentiable(merged(trained, rest), x, y, weights=weights, key=key)[0]
 
         # What some optimisers ask for besides: plateaus the cost, line searches the function,
         # curvature the batch.
         extra = {**batch, "value": cost, "grad": gradient, "value_fn": value_fn}
-        updates, opt_state = update(gradient, opt_state, trained, **extra)
-        trained = optax.apply_updates(trained, updates)
-        return (trained, opt_state, step + 1), jnp.stack([cost, weights.sum().astype(cost.dtype)])
+        updates, opt_state = optimizer.update(gradient, opt_state, trained, **extra)
+        return optax.apply_updates(trained, updates), opt_state
 
-    return advance
+    return _Halves(gradient, update)
 
 
 class _Targets:
@@ -511,15 +629,16 @@ def _has_ids(y: Tree) -> bool:
 
 
 def _check_arguments(
-    optimizer: Any, epochs: int | None, steps: int | None, every: int | None
+    optimizer: Any, epochs: int | None, steps: int | None, every: int | None, key: Array | None
 ) -> None:
     if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
         raise ValueError(f"optimizer: takes an optax.GradientTransformation, got {optimizer!r}")
     if (epochs is None) == (steps is None):
         raise ValueError(f"takes epochs or steps, one of the two; got {epochs=}, {steps=}")
     for name, value, least in (("epochs", epochs, 0), ("steps", steps, 0), ("every", every, 1)):
-        if value is not None and (isinstance(value, bool) or value != int(value) or value < least):
-            raise ValueError(f"{name}: takes a whole number from {least}, got {value!r}")
+        if value is not None:
+            whole(name, value, least)
+    random_key("key", key)
 
 
 def _progress_bar(stack: contextlib.ExitStack, training: _Training, batches: Batches) -> Any:

@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from .checks import ModelError
 from .contractions import keep
-from .layer import Layer, ModelError, no_parameters, place, rule
+from .layer import Layer, no_parameters, place, rule
 
 Tree = Any
 

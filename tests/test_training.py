@@ -340,6 +340,7 @@ def fit(batches=None, optimizer=None, **given):
         ({"epochs": -1}, "epochs: takes a whole number from 0, got -1"),
         ({"steps": 2.5}, "steps: takes a whole number from 0, got 2.5"),
         ({"epochs": 1, "every": 0}, "every: takes a whole number from 1, got 0"),
+        ({"epochs": 1, "key": 3}, "key: takes one key of jax.random, got 3"),
         ({"epochs": 1, "optimizer": "adam"}, "optimizer: takes an optax.GradientTransformation"),
         ({"epochs": 1, "method": "magic"}, "method: takes one of"),
         ({"epochs": 2, "batches": iter([data()])}, "an iterator is run through once"),
@@ -362,8 +363,6 @@ def test_a_batch_that_does_not_fit_is_named():
     good = (x, y)
     with pytest.raises(bp.ModelError, match=r"got 20 examples .* and 3 targets"):
         fit([good, (x, y[:3])])
-    with pytest.raises(bp.ModelError, match=r"weights: takes one per example, \(20,\), got \(3,\)"):
-        fit([good, (x, y, np.ones(3))])
     with pytest.raises(bp.ModelError, match=r"chain\[0\] dense\(8\): takes examples of shape"):
         fit([good, (x[:, :4], y)])
     with pytest.raises(bp.ModelError, match="takes class ids from 0 to 2, got 0 to 3"):
@@ -372,6 +371,27 @@ def test_a_batch_that_does_not_fit_is_named():
         fit([good, (x[:0], y[:0])])
     with pytest.raises(bp.ModelError, match=r"metrics: mean takes .* to one value per example"):
         fit(epochs=1, evaluation=[good], metrics={"mean": lambda a, y: jnp.mean(a)})
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        (np.ones(3), r"one real number per example, \(20,\), got float64\(3,\)"),
+        (np.ones((20, 1)), r"one real number per example, \(20,\), got float64\(20, 1\)"),
+        (3.0, r"one real number per example, \(20,\), got .*3"),
+        (np.full(20, 1j), r"one real number per example, \(20,\), got complex128\(20,\)"),
+        (["heavy"] * 20, r"one real number per example, \(20,\), got <U5\(20,\)"),
+        (np.where(np.arange(20) == 7, -1, 1), "finite numbers from 0, got -1 for example 7"),
+        (np.where(np.arange(20) == 7, np.nan, 1), "finite numbers from 0, got nan for example 7"),
+        (jnp.full(20, jnp.inf), "finite numbers from 0, got inf for example 0"),
+    ],
+)
+def test_weights_that_are_none_are_named(weights, message):
+    x, y = data()
+    with pytest.raises(bp.ModelError, match=f"^weights: takes {message}"):
+        fit([(x, y), (x, y, weights)])
+    with pytest.raises(bp.ModelError, match=f"^weights: takes {message}"):
+        bp.evaluate(MODEL, LOSS)(start(), [(x, y, weights)])
 
 
 def test_minibatches_have_every_example_once_an_epoch():
@@ -390,5 +410,8 @@ def test_minibatches_have_every_example_once_an_epoch():
 def test_minibatches_take_examples_with_their_targets():
     with pytest.raises(bp.ModelError, match=r"10 examples .* and 9 targets"):
         bp.minibatches(np.zeros(10), np.zeros(9), 4)
-    with pytest.raises(ValueError, match="size: takes at least 1 example, got 0"):
-        bp.minibatches(np.zeros(10), np.zeros(10), 0)
+    for size in (0, 2.5, "4"):
+        with pytest.raises(bp.ModelError, match=f"size: takes a whole number from 1, got .*{size}"):
+            bp.minibatches(np.zeros(10), np.zeros(10), size)
+    with pytest.raises(bp.ModelError, match="seed: takes a whole number from 0, got -1"):
+        bp.minibatches(np.zeros(10), np.zeros(10), 4, seed=-1)

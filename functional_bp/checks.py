@@ -1,0 +1,146 @@
+"""What the public functions take: one check for each kind of argument.
+
+Each check returns the value it was given, and raises ``ModelError`` with the argument's name, what
+it takes and what it got. A number may be traced where its type says ``Array``: its value is then
+not looked at.
+"""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Callable, Sequence
+from numbers import Integral, Real
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Tree = Any
+
+
+class ModelError(ValueError):
+    """Something given to a model does not fit it; the message begins with the layer's place."""
+
+
+def whole(what: str, value: Any, least: int = 1) -> int:
+    """A whole number from ``least``, of Python or NumPy."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
+        raise ModelError(f"{what}: takes a whole number from {least}, got {told(value)}")
+    return int(value)
+
+
+def number(
+    what: str,
+    value: Any,
+    *,
+    above: float = -math.inf,
+    least: float = -math.inf,
+    below: float = math.inf,
+    most: float = math.inf,
+) -> Any:
+    """A finite real number above or from a lower bound, and below or up to an upper one."""
+    if is_traced(value) and value.shape == () and _is_real(value.dtype):
+        return value
+    scalar = np.ndim(value) == 0 and hasattr(value, "dtype") and _is_real(value.dtype)
+    if (scalar or isinstance(value, Real)) and not isinstance(value, (bool, np.bool_)):
+        n = float(value)
+        if math.isfinite(n) and above < n < below and least <= n <= most:
+            return value
+    bounds = (
+        [f"above {above:g}"] * (above > -math.inf)
+        + [f"from {least:g}"] * (least > -math.inf)
+        + [f"below {below:g}"] * (below < math.inf)
+        + [f"up to {most:g}"] * (most < math.inf)
+    )
+    kind = f"a number {' and '.join(bounds)}" if bounds else "a finite number"
+    raise ModelError(f"{what}: takes {kind}, got {told(value)}")
+
+
+def choice(what: str, value: Any, options: Sequence[str]) -> str:
+    """One of a few words."""
+    if not isinstance(value, str) or value not in options:
+        raise ModelError(f"{what}: takes one of {', '.join(options)}, got {told(value)}")
+    return value
+
+
+def flag(what: str, value: Any) -> bool:
+    """True or False."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise ModelError(f"{what}: takes True or False, got {told(value)}")
+    return bool(value)
+
+
+def text(what: str, value: Any) -> str:
+    """A text."""
+    if not isinstance(value, str):
+        raise ModelError(f"{what}: takes a text, got {told(value)}")
+    return value
+
+
+def function(what: str, value: Any, *, or_none: bool = False) -> Callable[..., Any]:
+    """Something that can be called; None where it may be left out."""
+    if not (callable(value) or (or_none and value is None)):
+        raise ModelError(f"{what}: takes a function, got {told(value)}")
+    return value
+
+
+def random_key(what: str, value: Any) -> Any:
+    """One key of ``jax.random``, or None."""
+    if value is None:
+        return None
+    dtype, shape = getattr(value, "dtype", None), getattr(value, "shape", None)
+    typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key) and shape == ()
+    raw = dtype == np.uint32 and shape is not None and len(shape) == 1
+    if not (typed or raw):
+        raise ModelError(f"{what}: takes one key of jax.random, got {told(value)}")
+    return value
+
+
+def weights_of(n: int, value: Any) -> Any:
+    """A weight for each of n examples: real numbers from 0."""
+    dtype, shape = getattr(value, "dtype", None), getattr(value, "shape", None)
+    if dtype is None or shape != (n,) or not (_is_real(dtype) or jnp.issubdtype(dtype, bool)):
+        raise ModelError(f"weights: takes one real number per example, ({n},), got {told(value)}")
+    if not is_traced(value):
+        given = np.asarray(value).astype(np.float64)
+        bad = np.flatnonzero(~(np.isfinite(given) & (given >= 0)))
+        if bad.size:
+            raise ModelError(
+                f"weights: takes finite numbers from 0, got {given[bad[0]]:g} for example {bad[0]}"
+            )
+    return value
+
+
+def is_traced(value: Any) -> bool:
+    """Whether a value is not known while a function is traced."""
+    return isinstance(value, jax.core.Tracer)
+
+
+def _is_real(dtype: Any) -> bool:
+    return bool(jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer))
+
+
+def told(value: Any) -> str:
+    """A value as an error says it: an array or tree of arrays by shapes, anything else as it is."""
+    if any(hasattr(leaf, "dtype") and np.ndim(leaf) for leaf in jax.tree.leaves(value)):
+        return described(value)
+    return textwrap.shorten(repr(value), 300, placeholder=" …")
+
+
+def described(x: Tree) -> str:
+    """Shapes and dtypes of a tree, as an error says them: ``float32(32, 10)``."""
+
+    def leaf_text(leaf: Any) -> _Text:
+        if hasattr(leaf, "dtype"):
+            return _Text(f"{leaf.dtype}{tuple(leaf.shape)}")
+        return _Text(type(leaf).__name__)
+
+    return textwrap.shorten(str(jax.tree.map(leaf_text, x)), 300, placeholder=" …")
+
+
+class _Text(str):
+    """Text that prints without quotes inside a tree."""
+
+    __repr__ = str.__str__
