@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from .checks import ModelError, described
+from .checks import ModelError, described, flag, function, number, text
 from .layer import Layer, check_array, no_parameters, rule
 
 Tree = Any
@@ -47,6 +47,12 @@ def activation(
       ModelError: in use, if z is not of a floating dtype.
     """
 
+    function("activation: sigma", sigma)
+    function("activation: dsigma", dsigma)
+    function("activation: reference", reference, or_none=True)
+    flag("activation: of_output", of_output)
+    name = text("activation: name", getattr(sigma, "__name__", "σ") if name is None else name)
+
     def forward(params: Tree, z: Array, key: Array | None = None) -> tuple[Array, Array]:
         a = sigma(z)
         return a, a if of_output else z
@@ -54,7 +60,6 @@ def activation(
     def backward(params: Tree, residual: Array, da: Array) -> tuple[Array, Tree]:
         return da * dsigma(residual), ()
 
-    name = name or sigma.__name__
     return rule(
         no_parameters,
         forward,
@@ -100,7 +105,12 @@ relu = rule(
 
 
 def leaky_relu(slope: float = 0.01) -> Layer:
-    """σ(z) = z where z > 0, else slope · z; σ′ = 1 or slope. (Maas et al. 2013.)"""
+    """σ(z) = z where z > 0, else slope · z; σ′ = 1 or slope. (Maas et al. 2013.)
+
+    Raises:
+      ModelError: if ``slope`` is not a finite number.
+    """
+    number("leaky_relu: slope", slope)
     return activation(
         lambda z: jnp.where(z > 0, z, slope * z),
         lambda z: jnp.where(z > 0, jnp.ones_like(z), slope),
@@ -167,7 +177,12 @@ softplus = activation(_softplus, lax.logistic, name="softplus")
 
 
 def elu(alpha: float = 1.0) -> Layer:
-    """σ(z) = z where z > 0, else α (e^z − 1); σ′ = 1 or α e^z. (Clevert et al. 2016.)"""
+    """σ(z) = z where z > 0, else α (e^z − 1); σ′ = 1 or α e^z. (Clevert et al. 2016.)
+
+    Raises:
+      ModelError: if ``alpha`` is not a finite number.
+    """
+    number("elu: alpha", alpha)
     return activation(
         lambda z: jnp.where(z > 0, z, alpha * jnp.expm1(jnp.minimum(z, 0))),
         lambda z: jnp.where(z > 0, 1, alpha * jnp.exp(jnp.minimum(z, 0))),
@@ -196,7 +211,7 @@ mish = activation(lambda z: z * jnp.tanh(_softplus(z)), _mish_derivative, name="
 
 hard_tanh = activation(
     lambda z: jnp.clip(z, -1, 1),
-    lambda z: (z >= -1) & (z <= 1),
+    lambda z: ((z >= -1) & (z <= 1)).astype(z.dtype),
     name="hard_tanh",
     reference=jax.nn.hard_tanh,
 )
@@ -260,6 +275,10 @@ def gated(sigma: Callable[[Array], Array], dsigma: Callable[[Array], Array], *, 
     Raises:
       ModelError: in use, if the number of features is odd.
     """
+
+    function("gated: sigma", sigma)
+    function("gated: dsigma", dsigma)
+    text("gated: name", name)
 
     def check(params: Tree, z: Array) -> None:
         _check_features(params, z)

@@ -30,7 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from .checks import ModelError
+from .checks import ModelError, path_of
 from .run_identity import Identity
 from .tensors import named
 
@@ -204,7 +204,7 @@ def delete_checkpoints(folder: str | os.PathLike[str]) -> None:
     Raises:
       ValueError: if a run writes there now.
     """
-    folder = Path(folder).absolute()
+    folder = path_of("delete_checkpoints: folder", folder).absolute()
     if not folder.is_dir():
         return
     with _locked(folder):

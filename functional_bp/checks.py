@@ -8,9 +8,11 @@ not looked at.
 from __future__ import annotations
 
 import math
+import os
 import textwrap
 from collections.abc import Callable, Sequence
 from numbers import Integral, Real
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -24,10 +26,12 @@ class ModelError(ValueError):
     """Something given to a model does not fit it; the message begins with the layer's place."""
 
 
-def whole(what: str, value: Any, least: int = 1) -> int:
-    """A whole number from ``least``, of Python or NumPy."""
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
-        raise ModelError(f"{what}: takes a whole number from {least}, got {told(value)}")
+def whole(what: str, value: Any, least: int | None = 1) -> int:
+    """A whole number of Python or NumPy, from ``least``."""
+    fits = isinstance(value, Integral) and not isinstance(value, bool)
+    if not fits or (least is not None and value < least):
+        bound = "" if least is None else f" from {least}"
+        raise ModelError(f"{what}: takes a whole number{bound}, got {told(value)}")
     return int(value)
 
 
@@ -54,7 +58,7 @@ def number(
         + [f"below {below:g}"] * (below < math.inf)
         + [f"up to {most:g}"] * (most < math.inf)
     )
-    kind = f"a number {' and '.join(bounds)}" if bounds else "a finite number"
+    kind = f"a finite number {' and '.join(bounds)}".rstrip()
     raise ModelError(f"{what}: takes {kind}, got {told(value)}")
 
 
@@ -86,9 +90,41 @@ def function(what: str, value: Any, *, or_none: bool = False) -> Callable[..., A
     return value
 
 
-def random_key(what: str, value: Any) -> Any:
-    """One key of ``jax.random``, or None."""
-    if value is None:
+def floating(what: str, value: Any) -> Any:
+    """A floating-point dtype, or its name."""
+    try:
+        fits = value is not None and jnp.issubdtype(jnp.dtype(value), jnp.floating)
+    except TypeError:
+        fits = False
+    if not fits:
+        raise ModelError(f"{what}: takes a floating-point dtype, got {told(value)}")
+    return value
+
+
+def sequence(what: str, value: Any) -> Sequence[Any]:
+    """A list or tuple."""
+    if not isinstance(value, (list, tuple)):
+        raise ModelError(f"{what}: takes a list or tuple, got {told(value)}")
+    return value
+
+
+def arrays_of(what: str, value: Any) -> Tree:
+    """A tree of arrays, or of their shapes and dtypes."""
+    if value is None or not all(hasattr(leaf, "dtype") for leaf in jax.tree.leaves(value)):
+        raise ModelError(f"{what}: takes a tree of arrays, got {told(value)}")
+    return value
+
+
+def path_of(what: str, value: Any) -> Path:
+    """A path in the file system."""
+    if not isinstance(value, (str, os.PathLike)) or not str(value):
+        raise ModelError(f"{what}: takes a path, got {told(value)}")
+    return Path(value)
+
+
+def random_key(what: str, value: Any, *, or_none: bool = True) -> Any:
+    """One key of ``jax.random``, or None where it may be left out."""
+    if value is None and or_none:
         return None
     dtype, shape = getattr(value, "dtype", None), getattr(value, "shape", None)
     typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key) and shape == ()

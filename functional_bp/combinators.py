@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from numbers import Integral
 from typing import Any
 
 import jax
@@ -16,10 +15,10 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from .activations import identity
-from .checks import ModelError, described
+from .checks import ModelError, described, random_key, told, whole
 from .contractions import Contraction, contract_factors, join_results, keep
 from .factors import Sum
-from .layer import Layer, place, shapes_of
+from .layer import Layer, a_layer, place, shapes_of
 
 Tree = Any
 Path = tuple[Any, ...]
@@ -40,7 +39,7 @@ def chain(*layers: Layer) -> Layer:
 
     def init(key: Array, x: Tree) -> Tree:
         params = []
-        for i, (layer, k) in enumerate(zip(layers, jax.random.split(key, len(layers)))):
+        for i, (layer, k) in enumerate(zip(layers, _init_keys(key, len(layers)))):
             with place(f"chain[{i}]"):
                 params.append(layer.init(k, x))
                 x = output_shape(layer, params[-1], x)
@@ -80,7 +79,7 @@ def parallel(*layers: Layer) -> Layer:
 
     def init(key: Array, x: Tree) -> Tree:
         params = []
-        for i, (layer, k) in enumerate(zip(layers, jax.random.split(key, len(layers)))):
+        for i, (layer, k) in enumerate(zip(layers, _init_keys(key, len(layers)))):
             with place(f"parallel[{i}]"):
                 params.append(layer.init(k, x))
         return tuple(params)
@@ -122,6 +121,8 @@ def residual(layer: Layer, shortcut: Layer = identity) -> Layer:
     Raises:
       ModelError: where the two outputs differ in shape.
     """
+    a_layer("residual: layer", layer)
+    a_layer("residual: shortcut", shortcut)
     both = parallel(layer, shortcut)
 
     def check(ys: Tree) -> None:
@@ -170,9 +171,8 @@ def repeat(layer: Layer, n: int) -> Layer:
     Raises:
       ModelError: where the layer changes its input's shape or dtype.
     """
-    _check_layers("repeat", (layer,))
-    if not isinstance(n, Integral) or n < 1:
-        raise ModelError(f"repeat: takes a whole number of layers, at least 1, got {n!r}")
+    a_layer("repeat: layer", layer)
+    whole("repeat: n", n)
 
     def check(x: Tree, y: Tree) -> None:
         if described(y) != described(x):
@@ -183,7 +183,7 @@ def repeat(layer: Layer, n: int) -> Layer:
 
     def init(key: Array, x: Tree) -> Tree:
         with place("repeat"):
-            params = jax.vmap(lambda k: layer.init(k, x))(jax.random.split(key, n))
+            params = jax.vmap(lambda k: layer.init(k, x))(_init_keys(key, n))
             one = jax.tree.map(lambda leaf: leaf[0], params)
             check(shapes_of(x), output_shape(layer, one, x))
         return params
@@ -295,6 +295,7 @@ def tied(layer: Layer, ties: dict[Path, Path]) -> Layer:
       ModelError: where a source is tied itself; at ``init``, where a path leads nowhere or to more
         than one parameter, or two tied parameters differ in shape.
     """
+    a_layer("tied: layer", layer)
     _check_ties(ties)
 
     def init(key: Array, x: Tree) -> Tree:
@@ -404,12 +405,16 @@ def _keys(key: Array | None, layers: tuple[Layer, ...]) -> Any:
     return [None] * len(layers) if key is None else jax.random.split(key, len(layers))
 
 
+def _init_keys(key: Array, n: int) -> Array:
+    random_key("key", key, or_none=False)
+    return jax.random.split(key, n)
+
+
 def _check_layers(name: str, layers: tuple[Layer, ...]) -> None:
     if not layers:
         raise ModelError(f"{name}: takes at least one layer")
     for i, layer in enumerate(layers):
-        if not isinstance(layer, Layer):
-            raise ModelError(f"{name}[{i}]: takes a bp.Layer, got {layer!r}")
+        a_layer(f"{name}[{i}]", layer)
 
 
 def _check_parts(name: str, layers: tuple[Layer, ...], params: Tree) -> None:
@@ -423,7 +428,7 @@ def _check_parts(name: str, layers: tuple[Layer, ...], params: Tree) -> None:
 
 def _check_stack(n: int, params: Tree) -> None:
     for leaf in jax.tree.leaves(params):
-        if leaf.ndim == 0 or leaf.shape[0] != n:
+        if getattr(leaf, "shape", ())[:1] != (n,):
             raise ModelError(
                 f"repeat: takes parameters with {n} layers on the first axis, got {described(leaf)}"
             )
@@ -436,6 +441,8 @@ def _told_ties(ties: dict[Path, Path]) -> list[str]:
 
 
 def _check_ties(ties: dict[Path, Path]) -> None:
+    if not isinstance(ties, dict):
+        raise ModelError(f"tied: takes a dict of paths, {{path: source path}}, got {told(ties)}")
     for path, source in ties.items():
         if not (isinstance(path, tuple) and isinstance(source, tuple)):
             raise ModelError(

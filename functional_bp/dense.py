@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from numbers import Integral
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from .checks import ModelError, described
+from .checks import ModelError, described, flag, function, whole
 from .factors import Outer, Summed, accumulator
 from .layer import Layer, check_array, rule
 
@@ -52,8 +51,10 @@ def dense(
       ModelError: if the input is not floating-point, has no feature axis, or does not have the
         number of features that the weight takes; if the parameters are not a dense layer's.
     """
-    if not isinstance(features, Integral) or features < 1:
-        raise ModelError(f"dense: takes a whole number of units, at least 1, got {features!r}")
+    whole("dense: features", features)
+    flag("dense: bias", bias)
+    function("dense: weight_init", weight_init)
+    function("dense: bias_init", bias_init)
     names = ("weight", "bias") if bias else ("weight",)
 
     def init(key: Array, x: Array) -> Tree:
@@ -69,7 +70,7 @@ def dense(
         W = params["weight"]
         z = jnp.einsum("...i,oi->...o", a, W, preferred_element_type=accumulator(a, W))
         z = z.astype(jnp.result_type(a, W))
-        return z + params["bias"] if bias else z, a
+        return z + jnp.expand_dims(params["bias"], range(z.ndim - 1)) if bias else z, a
 
     def backward(params: Tree, a: Array, delta: Array) -> tuple[Array, Tree]:
         W = params["weight"]

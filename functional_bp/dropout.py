@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from .checks import number
 from .layer import Layer, check_array, no_parameters, rule
 
 Tree = Any
@@ -23,10 +24,9 @@ def dropout(rate: float) -> Layer:
     that was faster than drawing it twice. (Srivastava et al. 2014.)
 
     Raises:
-      ValueError: if ``rate`` is not at least 0 and below 1.
+      ModelError: if ``rate`` is not at least 0 and below 1.
     """
-    if not 0 <= rate < 1:
-        raise ValueError(f"rate: takes a probability from 0 to below 1, got {rate}")
+    number("dropout: rate", rate, least=0, below=1)
 
     def forward(params: Tree, x: Array, key: Array | None = None) -> tuple[Array, Array | None]:
         mask = None if key is None else jax.random.bernoulli(key, 1 - rate, x.shape)

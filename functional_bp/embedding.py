@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from .checks import ModelError, described
+from .checks import ModelError, described, floating, function, whole
 from .dense import Initializer
 from .factors import Rows
 from .layer import Layer, rule
@@ -48,6 +48,10 @@ def embedding(
       ModelError: if the ids are not integers, or not in the vocabulary; where their values are
         traced, an id outside gives NaN.
     """
+    whole("embedding: vocabulary", vocabulary)
+    whole("embedding: features", features)
+    function("embedding: weight_init", weight_init)
+    floating("embedding: dtype", dtype)
     of_dtype = "" if dtype == jnp.float32 else f", dtype={jnp.dtype(dtype).name}"
     name = f"embedding({vocabulary}, {features}{of_dtype})"
 

@@ -7,11 +7,17 @@ from typing import Any
 
 import jax
 
-from .checks import ModelError
+from .checks import ModelError, arrays_of, described, told
 
 Tree = Any
 Path = tuple[Any, ...]
 Frozen = Tree | Callable[[Path], bool] | None
+
+
+def check_frozen(frozen: Frozen) -> None:
+    """Raises unless it is a tree of bools, a function or None."""
+    if not callable(frozen) and not all(isinstance(f, bool) for f in jax.tree.leaves(frozen)):
+        raise ModelError(f"frozen: takes a tree of bools or a predicate on paths, got {frozen}")
 
 
 def frozen_leaves(params: Tree, frozen: Frozen) -> Tree:
@@ -32,8 +38,7 @@ def frozen_leaves(params: Tree, frozen: Frozen) -> Tree:
         return jax.tree_util.tree_map_with_path(
             lambda path, _: bool(frozen(tuple(map(_plain_key, path)))), params
         )
-    if not all(isinstance(flag, bool) for flag in jax.tree.leaves(frozen)):
-        raise ModelError(f"frozen: takes a tree of bools or a predicate on paths, got {frozen}")
+    check_frozen(frozen)
     try:
         return jax.tree.map(lambda flag, below: jax.tree.map(lambda _: flag, below), frozen, params)
     except ValueError as error:
@@ -44,15 +49,34 @@ def frozen_leaves(params: Tree, frozen: Frozen) -> Tree:
 
 
 def trainable(params: Tree, frozen: Frozen) -> Tree:
-    """``params`` with None at each frozen parameter: what an optimiser should see."""
+    """``params`` with None at each frozen parameter: what an optimiser should see.
+
+    Raises:
+      ModelError: where ``frozen`` does not fit the parameters.
+    """
+    arrays_of("params", params)
     return jax.tree.map(lambda flag, p: None if flag else p, frozen_leaves(params, frozen), params)
 
 
 def merged(trained: Tree, params: Tree) -> Tree:
-    """``trained``, with the leaves of ``params`` where it has None: ``trainable`` undone."""
-    return jax.tree.map(
-        lambda t, below: below if t is None else t, trained, params, is_leaf=lambda t: t is None
-    )
+    """``trained``, with the leaves of ``params`` where it has None: ``trainable`` undone.
+
+    Raises:
+      ModelError: where ``trained`` is no such part of ``params``.
+    """
+
+    def either(t: Any, below: Tree) -> Tree:
+        if t is not None and not jax.tree_util.all_leaves([below]) and below is not None:
+            raise TypeError("one array where there are several")
+        return below if t is None else t
+
+    try:
+        return jax.tree.map(either, trained, params, is_leaf=lambda t: t is None)
+    except (TypeError, ValueError) as error:
+        raise ModelError(
+            f"trained: takes the tree of the parameters, {described(params)}, with None at some of "
+            f"them; got {told(trained)}: {error}"
+        ) from None
 
 
 def _plain_key(key: Any) -> Any:

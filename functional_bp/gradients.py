@@ -12,7 +12,7 @@ from jax import Array
 from .checks import choice
 from .contractions import Contraction, drop, each, total
 from .factors import Itself
-from .freezing import Frozen, frozen_leaves, merged, trainable
+from .freezing import Frozen, check_frozen, frozen_leaves, merged, trainable
 from .layer import Layer, textbook
 from .losses import Loss
 from .meshes import WHOLE, like_arrays
@@ -56,6 +56,7 @@ def value_and_grad(
     """
     check_model(model, loss)
     choice("method", method, METHODS)
+    check_frozen(frozen)
     batched = model.batched if method == "manual" else textbook(model.batched)
 
     run = in_microbatches(model, microbatch)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from .checks import ModelError, described
+from .checks import ModelError, described, whole
 from .layer import Layer, no_parameters, rule
 from .shapes import Sizes
 
@@ -69,6 +69,8 @@ def concatenate(axis: int = -1) -> Layer:
     Raises:
       ModelError: where the input is not a tuple of arrays that differ on ``axis`` alone.
     """
+
+    whole("concatenate: axis", axis, None)
 
     def check(params: Tree, xs: Arrays) -> None:
         try:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array, lax
 
+from .checks import ModelError, number, told, whole
 from .curvature import Kronecker, kronecker_factors
 from .layer import Layer
 from .losses import Loss
@@ -67,15 +68,18 @@ def kfac(
       parameter without factors is stepped along its gradient.
 
     Raises:
-      ValueError: for an argument out of its range.
+      ModelError: for an argument out of its range, and as ``bp.kronecker_factors``.
     """
-    _check_range("damping", damping, 0, None, open_=True)
-    _check_range("decay", decay, 0, 1)
-    _check_range("momentum", momentum, 0, 1)
+    if not callable(learning_rate):
+        number("learning_rate", learning_rate, least=0)
+    if not isinstance(batch, tuple) or len(batch) != 2:
+        raise ModelError(f"batch: takes the tuple (x, y) of a batch, got {told(batch)}")
+    number("damping", damping, above=0)
+    number("decay", decay, least=0, below=1)
+    number("momentum", momentum, least=0, below=1)
     if max_step is not None:
-        _check_range("max_step", max_step, 0, None, open_=True)
-    if isinstance(inverse_every, bool) or not isinstance(inverse_every, int) or inverse_every < 1:
-        raise ValueError(f"inverse_every: takes a whole number above 0, got {inverse_every!r}")
+        number("max_step", max_step, above=0)
+    whole("inverse_every", inverse_every)
     estimate = kronecker_factors(model, loss, fisher=fisher, shared=shared, microbatch=microbatch)
 
     def init(params: Tree) -> KfacState:
@@ -160,14 +164,3 @@ def _preconditioned(g: Array, inverses: Kronecker | None) -> Array:
     A, G = inverses
     matrix = g if g.ndim == A.ndim else g[..., None]
     return jnp.matmul(jnp.matmul(G, matrix), A).reshape(g.shape).astype(g.dtype)
-
-
-def _check_range(
-    what: str, value: float, low: float, high: float | None, open_: bool = False
-) -> None:
-    fits = (value > low if open_ else value >= low) and (high is None or value < high)
-    if not fits:
-        until = "" if high is None else f" and below {high}"
-        raise ValueError(
-            f"{what}: takes a number {'above' if open_ else 'from'} {low}{until}, got {value}"
-        )

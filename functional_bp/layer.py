@@ -75,6 +75,14 @@ class Layer:
     rebuild: Callable[..., Layer] | None = None
     mixes_examples: bool = False
 
+    def __post_init__(self) -> None:
+        text("layer: name", self.name)
+        for what in ("init", "forward", "backward"):
+            function(f"{self.name}: {what}", getattr(self, what))
+        for what in ("lift", "reference", "probe", "rebuild"):
+            function(f"{self.name}: {what}", getattr(self, what), or_none=True)
+        flag(f"{self.name}: mixes_examples", self.mixes_examples)
+
     @functools.cached_property
     def batched(self) -> Layer:
         """The same layer over a batch: every input, output and residual has the examples first."""
@@ -91,6 +99,8 @@ class Layer:
           ModelError: where parameters, inputs or key do not fit the model.
         """
         random_key("key", key)
+        with place("x:"):
+            batch_size(x)
 
         def outputs(params: Tree, x: Tree, key: Array | None) -> Tree:
             return self.batched.forward(params, x, key)[0]
@@ -167,8 +177,11 @@ def rule(
 
     def named_init(key: Array, x: Tree) -> Tree:
         with place(f"{name}:"):
-            random_key("key", key)
-            return init(key, shapes_of(x))
+            random_key("key", key, or_none=False)
+            x = shapes_of(x)
+            params = init(key, x)
+            check_all(params, x)
+            return params
 
     def check_all(params: Tree, x: Tree) -> None:
         if init is no_parameters and not (isinstance(params, tuple) and params == ()):
@@ -247,6 +260,8 @@ def _check_factors(params: Tree, factors: Tree) -> None:
 def shapes_of(x: Tree) -> Tree:
     """Shapes and dtypes as JAX takes them: without x64, float64 numbers are float32."""
     try:
+        if x is None:
+            raise TypeError
         return jax.eval_shape(lambda x: x, x)
     except TypeError:
         raise ModelError(f"takes arrays of numbers, got {described(x)}") from None

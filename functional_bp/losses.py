@@ -35,8 +35,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from .checks import ModelError, described
+from .checks import ModelError, described, function, number, text
 from .factors import accumulator
+from .layer import place
 
 Tree = Any
 
@@ -112,7 +113,13 @@ def loss(
       sample: ``(key, a, y) -> δ̂``, a random δ with mean of δ̂ δ̂ᵀ = ∇²C: the δ of a target drawn
         from the model's own prediction. Sampled curvature needs it.
     """
-    return Loss(name or value.__name__, value, delta, check, root, sample)
+    given: dict[str, Any] = {"value": value, "delta": delta, "check": check}
+    for what, argument in given.items():
+        function(f"loss: {what}", argument)
+    function("loss: root", root, or_none=True)
+    function("loss: sample", sample, or_none=True)
+    name = getattr(value, "__name__", "loss") if name is None else name
+    return Loss(text("loss: name", name), value, delta, check, root, sample)
 
 
 def _same_shape(a: Array, y: Array) -> None:
@@ -199,14 +206,23 @@ def _target_and_mask(a: Array, y: Tree) -> tuple[Array, Array | None]:
     return y["y"], jnp.broadcast_to(before_end.reshape(-1, *(1,) * (a.ndim - 2)), a.shape[:-1])
 
 
+def _product(y: Array, cost: Array) -> Array:
+    """y ⊙ cost, and 0 where y is 0: what cannot happen costs nothing, however unlikely."""
+    return jnp.where(y == 0, 0, y * jnp.where(y == 0, 0, cost))
+
+
 def _softmax_value(a: Array, y: Tree) -> Array:
     y, mask = _target_and_mask(a, y)
     a = a.astype(accumulator(a))
-    log_z = jax.nn.logsumexp(a, axis=-1)
+    # What all logits have in common is taken off first, which is exact: at 1e5, float32 would have
+    # two digits left for the cost.
+    highest = jax.lax.stop_gradient(a.max(-1, keepdims=True))
+    highest = jnp.where(jnp.isfinite(highest), highest, 0)
+    log_z = jnp.log(jnp.exp(a - highest).sum(-1))
     if _is_ids(a, y):
-        costs = log_z - jnp.take_along_axis(a, y[..., None], axis=-1)[..., 0]
+        costs = log_z - (jnp.take_along_axis(a, y[..., None], axis=-1) - highest)[..., 0]
     else:
-        costs = log_z * y.sum(-1) - (y * a).sum(-1)
+        costs = _product(y, log_z[..., None] - (a - highest)).sum(-1)
     if mask is None:
         return costs.mean()
     return jnp.where(mask, costs, 0).sum() / jnp.maximum(1, mask.sum())
@@ -282,7 +298,8 @@ def perplexity(a: Array, y: Tree) -> Array:
     Raises:
       ModelError: where the targets do not fit.
     """
-    softmax_cross_entropy.check(a, y)
+    with place("perplexity:"):
+        softmax_cross_entropy.check(a, y)
     costs = jax.vmap(_softmax_value)(a, y)
     _, mask = jax.vmap(_target_and_mask)(a, y)
     if mask is None:
@@ -293,7 +310,10 @@ def perplexity(a: Array, y: Tree) -> Array:
 
 def _sigmoid_value(a: Array, y: Array) -> Array:
     a = a.astype(accumulator(a))
-    return jnp.sum(jnp.maximum(a, 0) - a * y + jnp.log1p(jnp.exp(-jnp.abs(a))))
+    y = y.astype(a.dtype)
+    either = jnp.log1p(jnp.exp(-jnp.abs(a)))  # log(1 + e^a) = max(a, 0) + this, also of −a
+    if_1, if_0 = jnp.maximum(-a, 0) + either, jnp.maximum(a, 0) + either
+    return jnp.sum(_product(y, if_1) + _product(1 - y, if_0))
 
 
 sigmoid_cross_entropy = loss(
@@ -344,8 +364,7 @@ def huber(threshold: float = 1.0) -> Loss:
 
     (Huber 1964, "Robust estimation of a location parameter".)
     """
-    if not threshold > 0:
-        raise ValueError(f"threshold: takes a number above 0, got {threshold}")
+    number("huber: threshold", threshold, above=0)
 
     def value(a: Array, y: Array) -> Array:
         size = jnp.abs(a - y)
@@ -393,8 +412,7 @@ def smoothed_softmax_cross_entropy(smoothing: float) -> Loss:
     Args:
       smoothing: α, from 0 to 1.
     """
-    if not 0 <= smoothing <= 1:
-        raise ValueError(f"smoothing: takes a number from 0 to 1, got {smoothing}")
+    number("smoothed_softmax_cross_entropy: smoothing", smoothing, least=0, most=1)
 
     def smoothed(a: Array, y: Array) -> Array:
         q = jax.nn.one_hot(y, a.shape[-1], dtype=accumulator(a)) if _is_ids(a, y) else y

@@ -279,6 +279,7 @@ def empirical_ntk(model: Layer, *, microbatch: int | None = None) -> Callable[..
     grams = grad_gram(a_layer("model", model), _output, microbatch=microbatch)
 
     def fn(params: Tree, x: Tree, *, other: Tree = None) -> Array:
+        check_batch(x, x)
         a = jax.eval_shape(lambda: model.apply(params, x))
         if not hasattr(a, "shape"):
             raise ModelError(f"{model.name}: the kernel takes one array of outputs, got {a}")

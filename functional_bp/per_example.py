@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from .checks import ModelError, choice, flag, number
+from .checks import ModelError, choice, flag, number, whole
 from .contractions import (
     Weighted,
     contract_factors,
@@ -164,8 +164,8 @@ def clipped_grad(
     number("max_norm", max_norm, above=0)
     if normalize_by is not None:
         number("normalize_by", normalize_by, above=0)
-    if isinstance(recursions, bool) or recursions not in (1, 2):
-        raise ModelError(f"recursions: takes 1 or 2, got {recursions!r}")
+    if whole("recursions", recursions) > 2:
+        raise ModelError(f"recursions: takes 1 or 2, got {recursions}")
     flag("has_aux", has_aux)
     run = in_microbatches(model, microbatch)
 

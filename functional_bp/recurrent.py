@@ -16,11 +16,11 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from .checks import ModelError
+from .checks import ModelError, choice, described, random_key, whole
 from .contractions import keep
 from .dense import lecun_normal
 from .factors import Outer, Summed
-from .layer import Layer, place
+from .layer import Layer, a_layer, place
 from .shapes import Sizes
 from .through_time import (
     Cell,
@@ -40,12 +40,13 @@ def _weights(key: Array, gates: int, hidden: int, features: int, dtype: Any) -> 
     for each gate (Saxe et al. 2014); ``bias (gates·h,)``, zero."""
     key_x, key_h = jax.random.split(key)
     orthogonal = jax.nn.initializers.orthogonal()
-    weight_h = jax.vmap(lambda k: orthogonal(k, (hidden, hidden), dtype))(
+    at_least_float32 = jnp.promote_types(dtype, jnp.float32)  # QR knows no smaller numbers
+    weight_h = jax.vmap(lambda k: orthogonal(k, (hidden, hidden), at_least_float32))(
         jax.random.split(key_h, gates)
     )
     return {
         "weight_x": lecun_normal(key_x, (gates * hidden, features), dtype),
-        "weight_h": weight_h.reshape(gates * hidden, hidden),
+        "weight_h": weight_h.reshape(gates * hidden, hidden).astype(dtype),
         "bias": jnp.zeros(gates * hidden, dtype),
     }
 
@@ -84,8 +85,8 @@ def rnn(hidden: int, *, activation: str = "tanh", **options: Any) -> Layer:
     Raises:
       ValueError: for an unknown activation.
     """
-    if activation not in ("tanh", "relu"):
-        raise ValueError(f'activation: takes "tanh" or "relu", got {activation!r}')
+    whole("rnn: hidden", hidden)
+    choice("rnn: activation", activation, ("tanh", "relu"))
 
     def init(key: Array, features: int, dtype: Any) -> Tree:
         return _weights(key, 1, hidden, features, dtype)
@@ -137,6 +138,8 @@ def lstm(hidden: int, **options: Any) -> Layer:
       hidden: h, the number of units.
       options: those of ``bp.through_time``.
     """
+
+    whole("lstm: hidden", hidden)
 
     def init(key: Array, features: int, dtype: Any) -> Tree:
         params = _weights(key, 4, hidden, features, dtype)
@@ -196,6 +199,8 @@ def gru(hidden: int, **options: Any) -> Layer:
       hidden: h, the number of units.
       options: those of ``bp.through_time``.
     """
+
+    whole("gru: hidden", hidden)
 
     def init(key: Array, features: int, dtype: Any) -> Tree:
         params = _weights(key, 3, hidden, features, dtype)
@@ -257,7 +262,10 @@ def bidirectional(forward: Layer, backward: Layer | None = None) -> Layer:
     Raises:
       ModelError: if ``forward`` is not a recurrent layer and ``backward`` is not given.
     """
-    if backward is None:
+    a_layer("bidirectional: forward", forward)
+    if backward is not None:
+        a_layer("bidirectional: backward", backward)
+    else:
         if not isinstance(forward, Recurrent):
             raise ModelError(f"bidirectional: takes a recurrent layer, got {forward!r}")
         backward = forward.mirrored()
@@ -273,12 +281,19 @@ def bidirectional(forward: Layer, backward: Layer | None = None) -> Layer:
 
     def init(key: Array, x: Tree) -> Tree:
         with place(f"{name}:"):
+            random_key("key", key, or_none=False)
             pairs = zip(layers, jax.random.split(key), inputs(x))
             return tuple(layer.init(k, x) for layer, k, x in pairs)
 
     def run(params: Tree, x: Tree, key: Array | None = None) -> tuple[Tree, Tree]:
         with place(f"{name}:"):
-            runs = [layer.forward(p, x) for layer, p, x in zip(layers, params, inputs(x))]
+            if not isinstance(params, tuple) or len(params) != 2:
+                raise ModelError(
+                    "takes parameters as the tuple (forward's, backward's), got "
+                    f"{described(params)}; are they another model's?"
+                )
+            keys = (None, None) if key is None else jax.random.split(key)
+            runs = [layer.forward(*args) for layer, *args in zip(layers, params, inputs(x), keys)]
         ys, residuals = zip(*runs)
         hs = [as_tree(y)["x"] for y in ys]
         y: Tree = jnp.concatenate(hs, axis=-1)
@@ -318,4 +333,5 @@ def bidirectional(forward: Layer, backward: Layer | None = None) -> Layer:
         lift=lambda: bidirectional(forward.batched, backward.batched),
         parts=layers,
         rebuild=bidirectional,
+        mixes_examples=any(layer.mixes_examples for layer in layers),
     )

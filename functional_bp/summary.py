@@ -10,7 +10,7 @@ import jax
 from jax import Array
 
 from .checks import described
-from .layer import Layer
+from .layer import Layer, a_layer, shapes_of
 
 Tree = Any
 
@@ -28,6 +28,8 @@ def summary(model: Layer, x: Tree) -> str:
     Raises:
       ModelError: with the layer's place, where the example does not fit the model.
     """
+    a_layer("summary: model", model)
+    shapes_of(x)
     outputs: dict[str, Tree] = {}
     listed: list[tuple[str, Layer]] = []
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .checks import ModelError
+from .checks import ModelError, arrays_of, path_of
 
 Tree = Any
 
@@ -41,9 +41,10 @@ def save_params(path: str | os.PathLike[str], params: Tree) -> None:
       ModelError: if two parameters would have the same name.
     """
     safetensors = _safetensors()
+    arrays_of("save_params: params", params)
+    target = path_of("save_params: path", path).absolute()
     # Row by row in memory: safetensors writes an array's buffer as it lies.
     arrays = {name: np.asarray(leaf, order="C") for name, leaf in named(params).items()}
-    target = Path(path).absolute()
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as folder:
         written = Path(folder) / target.name
         safetensors.numpy.save_file(arrays, written)
@@ -67,7 +68,8 @@ def load_params(path: str | os.PathLike[str], like: Tree) -> Tree:
       ValueError: if the file is not safetensors, or not whole.
     """
     safetensors = _safetensors()
-    wanted = named(like)
+    path = path_of("load_params: path", path)
+    wanted = named(arrays_of("load_params: like", like))
     try:
         with safetensors.safe_open(path, framework="numpy") as file:
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from .checks import ModelError, arrays_of, floating, number, random_key, whole
 from .contractions import (
     Contraction,
     Dot,
@@ -35,9 +36,11 @@ from .contractions import (
 )
 from .factors import Factored, per_example
 from .gradients import deltas, value_and_grad
-from .layer import Layer, batch_size, textbook
+from .layer import Layer, a_layer, batch_size, place, shapes_of, textbook
 from .losses import Loss
 from .per_example import clipped_grad, per_example_grad_norms, per_example_grads
+from .recursion import check_batch
+from .recursion import check_model as check_model_and_loss
 
 Tree = Any
 Gradients = np.ndarray  # one parameter's, of every example: (n, *parameter)
@@ -88,7 +91,11 @@ def check_layer(
       AssertionError: with the layer, the quantity, the leaf, the largest error, its index, and
         the two values there.
     """
-    proof = _Proof(layer.name, dtype, TOLERANCE[dtype] if tolerance is None else tolerance)
+    a_layer("layer", layer)
+    with place("x:"):
+        shapes_of(x)
+    whole("batch", batch)
+    proof = _proof(layer.name, dtype, tolerance, key, seed)
     draw = _Draw(np.random.default_rng(seed), dtype)
     with jax.enable_x64(True), jax.disable_jit():
         examples = [draw.example_like(x) for _ in range(batch)]
@@ -136,12 +143,26 @@ def check_model(
     Raises:
       AssertionError: as ``check_layer``.
     """
-    proof = _Proof(model.name, dtype, TOLERANCE[dtype] if tolerance is None else tolerance)
+    check_model_and_loss(model, loss)
+    arrays_of("params", params)
+    check_batch(x, y)
+    proof = _proof(model.name, dtype, tolerance, key, seed)
     draw = _Draw(np.random.default_rng(seed), dtype)
     with jax.enable_x64(True), jax.disable_jit():
         params, x, y = draw.moved(params), draw.cast(x), draw.cast(y)
         _prove_quantities(proof, draw, model, loss, params, x, y, key)
         _prove_deltas(proof, model, loss, params, x, y, key)
+
+
+def _proof(name: str, dtype: str, tolerance: float | None, key: Array | None, seed: int) -> _Proof:
+    floating("dtype", dtype)
+    if tolerance is None:
+        tolerance = TOLERANCE.get(dtype)
+    if tolerance is None:
+        raise ModelError(f"tolerance: takes a number for the dtype {dtype}, got None")
+    random_key("key", key)
+    whole("seed", seed, 0)
+    return _Proof(name, dtype, number("tolerance", tolerance, above=0))
 
 
 # ---- a layer ----------------------------------------------------------------------------------

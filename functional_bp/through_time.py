@@ -34,7 +34,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from .checks import ModelError, described
+from .checks import ModelError, choice, described, flag, function, random_key, text, told, whole
 from .combinators import broadcast
 from .contractions import Contraction, Drop, Total, contract_factors, keep
 from .factors import Factored, Itself, Outer, accumulator
@@ -79,6 +79,17 @@ class Cell:
     backward: Callable[..., tuple[State, Tree]]
     factors: Callable[..., Tree]
     options: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        text("cell: name", self.name)
+        whole(f"{self.name}: hidden", self.hidden)
+        for what in ("init", "forward", "local", "backward", "factors"):
+            function(f"{self.name}: {what}", getattr(self, what))
+        states = self.state if isinstance(self.state, tuple) else ()
+        if not states or states[0] != "h":
+            raise ModelError(
+                f"{self.name}: state: takes a tuple of names, 'h' first, got {told(self.state)}"
+            )
 
 
 def product(W: Array, a: Array) -> Array:
@@ -197,15 +208,18 @@ def through_time(
         k = √T. (Chen et al. 2016, "Training deep nets with sublinear memory cost".)
 
     Raises:
-      ValueError: for an argument that is none of these.
-      ModelError: in use, for inputs, lengths, states or parameters that do not fit.
+      ModelError: for an argument that is none of these; in use, for inputs, lengths, states or
+        parameters that do not fit.
     """
-    if output not in ("sequence", "last"):
-        raise ValueError(f'output: takes "sequence" or "last", got {output!r}')
-    if truncate is not None and truncate < 1:
-        raise ValueError(f"truncate: takes a number of steps, at least 1, got {truncate}")
-    if checkpoint < 0:
-        raise ValueError(f"checkpoint: takes a number of steps, or True, got {checkpoint}")
+    if not isinstance(cell, Cell):
+        raise ModelError(f"through_time: cell: takes a bp.Cell, got {told(cell)}")
+    choice(f"{cell.name}: output", output, ("sequence", "last"))
+    flag(f"{cell.name}: reverse", reverse)
+    flag(f"{cell.name}: trained_state", trained_state)
+    if truncate is not None:
+        whole(f"{cell.name}: truncate", truncate)
+    if not isinstance(checkpoint, bool):
+        whole(f"{cell.name}: checkpoint", checkpoint)
     over_batch = _ThroughTime(cell, output, reverse, trained_state, truncate, checkpoint)
     name = over_batch.name
     lifted = Layer(
@@ -284,6 +298,7 @@ class _ThroughTime:
         return f"{self.cell.name}({', '.join([str(self.cell.hidden), *given])})"
 
     def init(self, key: Array, x: Tree) -> Tree:
+        random_key("key", key, or_none=False)
         x = as_tree(x)["x"]
         _check_sequence(x)
         params = self.cell.init(key, x.shape[-1], x.dtype)

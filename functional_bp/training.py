@@ -20,13 +20,24 @@ from jax import Array
 
 from .batches import Batch, Batches, Padded, each_epoch, with_first
 from .checkpoint import Checkpoints, Position
-from .checks import ModelError, random_key, whole
+from .checks import (
+    ModelError,
+    arrays_of,
+    flag,
+    function,
+    path_of,
+    random_key,
+    sequence,
+    told,
+    whole,
+)
 from .freezing import Frozen, frozen_leaves, merged, trainable
 from .gradients import value_and_grad
 from .interrupts import Interrupts
 from .layer import Layer, place
 from .losses import Loss
 from .program import contents_of, program_of
+from .recursion import check_model
 from .run_identity import Identity, described_run, described_settings, hyperparameters
 
 Tree = Any
@@ -118,10 +129,12 @@ def evaluate(
       ``bp.fit`` takes them. It compiles by itself.
 
     Raises:
-      ModelError: when called with what does not fit the model, and for a metric that does not
-        give one value per example.
+      ModelError: for what is no function, when called with what does not fit the model, and for a
+        metric that does not give one value per example.
       ValueError: when called with no batches.
     """
+    check_model(model, loss)
+    _check_metrics(metrics)
     added = _added(model, loss, tuple((metrics or {}).items()))
 
     def fn(params: Tree, batches: Batches) -> dict[str, float]:
@@ -215,7 +228,17 @@ def fit(
         and more than one epoch; for a checkpoint that cannot be read; for a folder that has
         checkpoints if ``resume`` is False, or in which another run writes.
     """
-    _check_arguments(optimizer, epochs, steps, every, key)
+    check_model(model, loss)
+    _check_arguments(optimizer, epochs, steps, every, microbatch, key)
+    _check_metrics(metrics)
+    for callback in sequence("callbacks", callbacks):
+        function("callbacks", callback)
+    flags_given = {"stop_on_nan": stop_on_nan, "progress": progress, "resume": resume}
+    for name, given in flags_given.items():
+        flag(name, given)
+    if checkpoints is not None:
+        path_of("checkpoints", checkpoints)
+    arrays_of("params", params)
     frozen = frozen_leaves(params, frozen)
     flags = (jax.tree.structure(frozen), tuple(jax.tree.leaves(frozen)))
     params = _copied(params)
@@ -629,16 +652,29 @@ def _has_ids(y: Tree) -> bool:
 
 
 def _check_arguments(
-    optimizer: Any, epochs: int | None, steps: int | None, every: int | None, key: Array | None
+    optimizer: Any,
+    epochs: int | None,
+    steps: int | None,
+    every: int | None,
+    microbatch: int | None,
+    key: Array | None,
 ) -> None:
     if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
-        raise ValueError(f"optimizer: takes an optax.GradientTransformation, got {optimizer!r}")
+        raise ModelError(f"optimizer: takes an optax.GradientTransformation, got {told(optimizer)}")
     if (epochs is None) == (steps is None):
         raise ValueError(f"takes epochs or steps, one of the two; got {epochs=}, {steps=}")
-    for name, value, least in (("epochs", epochs, 0), ("steps", steps, 0), ("every", every, 1)):
+    counts = {"epochs": epochs, "steps": steps, "every": every, "microbatch": microbatch}
+    for name, value in counts.items():
         if value is not None:
-            whole(name, value, least)
+            whole(name, value, 0 if name in ("epochs", "steps") else 1)
     random_key("key", key)
+
+
+def _check_metrics(metrics: Any) -> None:
+    if not isinstance(metrics, Mapping | None):
+        raise ModelError(f"metrics: takes a dict of functions by name, got {told(metrics)}")
+    for name, metric in (metrics or {}).items():
+        function(f"metrics: {name}", metric)
 
 
 def _progress_bar(stack: contextlib.ExitStack, training: _Training, batches: Batches) -> Any:

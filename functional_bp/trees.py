@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from .checks import ModelError
+from .checks import ModelError, text
 from .contractions import keep
-from .layer import Layer, no_parameters, place, rule
+from .layer import Layer, a_layer, no_parameters, place, rule
 
 Tree = Any
 
@@ -26,6 +26,8 @@ def at(entry: str, layer: Layer) -> Layer:
     Raises:
       ModelError: where the input is not a dict with that entry.
     """
+    text("at: entry", entry)
+    a_layer("at: layer", layer)
     name = f"at({entry!r}, {layer.name})"
 
     def init(key: Array, x: Tree) -> Tree:
@@ -64,6 +66,8 @@ def entry(name: str) -> Layer:
     Raises:
       ModelError: where the input is not a dict with that entry.
     """
+
+    text("entry: name", name)
 
     def forward(params: Tree, x: Tree, key: Array | None = None) -> tuple[Tree, Tree]:
         others = {k: jax.tree.map(_zero_delta, v) for k, v in x.items() if k != name}

@@ -1,8 +1,19 @@
 """One list of layers, each with an example of its input, and one of losses, each with targets for
 three examples of four outputs: what the proofs that serve them all run over.
 
-A new family adds its own here. Sizes are equal wherever they may be, so that what is compiled
-for one layer serves the next.
+What a new rule must be in:
+
+    RULES       a layer that is no combination of others, with an input of each kind that it takes:
+                it is proven against autodiff and central differences, its sums in bfloat16 are
+                looked at, and faults are planted in it
+    COMBINED    a combinator, around layers with parameters: proven, and its sums looked at
+    RANDOM      a layer that draws from a key, and every combinator around one: proven under a key,
+                and what it draws must depend on the key
+    LOSSES      a loss: proven at targets of each kind, and finite at extreme outputs
+
+and what it computes in tests/test_formulas.py: a proof holds a backward to its forward alone.
+tests/test_rules.py fails while a public layer or loss, or a function that makes one, is in none.
+Sizes are equal wherever they may be, so that what is compiled for one layer serves the next.
 """
 
 import dataclasses
@@ -12,10 +23,20 @@ import jax
 import jax.numpy as jnp
 
 import functional_bp as bp
+from functional_bp.factors import Outer, Summed, accumulator
 
 VECTOR = jax.ShapeDtypeStruct((4,), jnp.float32)
 SQUARE = jax.ShapeDtypeStruct((2, 2), jnp.float32)
 POSITIONS = jax.ShapeDtypeStruct((2, 4), jnp.float32)
+SEQUENCE = jax.ShapeDtypeStruct((3, 2), jnp.float32)
+IDS_OF_WORDS = jnp.array([1, 4, 1])
+
+
+def padded(*states):
+    """A sequence whose last step is padding, with an initial state for each recurrent layer."""
+    pair = jax.ShapeDtypeStruct((2,), jnp.float32)
+    return {"x": SEQUENCE, "length": 2, "state": tuple(dict.fromkeys(s, pair) for s in states)}
+
 
 ACTIVATIONS = {
     layer.name: layer
@@ -24,6 +45,7 @@ ACTIVATIONS = {
         bp.tanh,
         bp.relu,
         bp.leaky_relu(0.2),
+        bp.leaky_relu(-0.2),  # whose output does not tell the sign of its input
         bp.gelu,
         bp.gelu_tanh,
         bp.silu,
@@ -38,6 +60,8 @@ ACTIVATIONS = {
         bp.reglu,
         bp.geglu,
         bp.swiglu,
+        bp.activation(jnp.sin, jnp.cos, name="a user's activation"),
+        bp.gated(jnp.sin, jnp.cos, name="a user's glu"),
     )
 }
 
@@ -69,14 +93,51 @@ class Plain(bp.factors.Factored):
         return Plain(self.g * weights[:, None])
 
 
+def users_cell():
+    """h_t = sin(p_t + u ⊙ h_{t−1}): the recurrent weight is a vector, one number for each unit."""
+
+    def init(key, features, dtype):
+        weight = jax.random.normal(key, (2, features), dtype)
+        return {"weight_x": weight, "bias": jnp.zeros(2, dtype), "u": jnp.ones(2, dtype)}
+
+    def forward(params, state, p):
+        z = p + params["u"][:, None] * state["h"]
+        return {"h": jnp.sin(z)}, z
+
+    def backward(params, df, dstate):
+        delta = dstate["h"] * df
+        return {"h": params["u"][:, None] * delta}, delta
+
+    def factors(delta, x, h_before):
+        return {"weight_x": Outer(delta, x), "bias": Summed(delta), "u": Summed(delta * h_before)}
+
+    return bp.Cell("a user's cell", 2, ("h",), init, forward, jnp.cos, backward, factors)
+
+
 RULES = {
     "dense": (bp.dense(4), VECTOR),
     "dense at positions": (bp.dense(4), POSITIONS),
     "dense without bias": (bp.dense(4, bias=False), VECTOR),
     "dense to fewer": (bp.dense(2), VECTOR),
+    # So few outputs that norms and Gram matrices are cheapest from gₙ multiplied out.
+    "dense to one at positions": (bp.dense(1), POSITIONS),
     **{name: (layer, VECTOR) for name, layer in ACTIVATIONS.items()},
     "identity": (bp.identity, VECTOR),
     "flatten": (bp.flatten, POSITIONS),
+    "add": (bp.add, (VECTOR, VECTOR)),
+    "multiply": (bp.multiply, (VECTOR, VECTOR, VECTOR)),
+    "concatenate": (bp.concatenate(), (VECTOR, jax.ShapeDtypeStruct((2,), jnp.float32))),
+    "concatenate positions": (bp.concatenate(0), (POSITIONS, POSITIONS)),
+    "entry": (bp.entry("x"), {"x": VECTOR, "other": POSITIONS, "length": 2}),
+    "embedding": (bp.embedding(5, 2), IDS_OF_WORDS),
+    "rnn": (bp.rnn(2), SEQUENCE),
+    "lstm of a padded sequence from a state": (bp.lstm(2), padded("hc")),
+    "gru in blocks, from the end and a trained state": (
+        bp.gru(2, checkpoint=2, reverse=True, trained_state=True),
+        SEQUENCE,
+    ),
+    "last output": (bp.rnn(2, activation="relu", output="last"), padded("h")),
+    "a user's cell": (bp.through_time(users_cell()), SEQUENCE),
     "a user's rule": (scale(), VECTOR),
     "a user's factors": (scale(Plain), VECTOR),
 }
@@ -132,6 +193,16 @@ COMBINED = {
         ),
         VECTOR,
     ),
+    "tied embedding": (
+        bp.tied(
+            bp.chain(bp.embedding(5, 2), bp.tanh, bp.dense(5, bias=False)),
+            {(2, "weight"): (0, "weight")},
+        ),
+        IDS_OF_WORDS,
+    ),
+    "at an entry": (bp.at("x", bp.dense(4)), {"x": VECTOR, "length": 2}),
+    "bidirectional": (bp.bidirectional(bp.lstm(2)), padded("hc", "hc")),
+    "residual of a sequence": (bp.residual(bp.rnn(2)), padded("h")),
 }
 
 LAYERS = RULES | COMBINED
@@ -140,11 +211,28 @@ RANDOM = {
     "dropout": (bp.dropout(0.5), VECTOR),
     "dropout between layers": (bp.chain(bp.dense(4), bp.dropout(0.5), bp.dense(4)), VECTOR),
     "dropout inside repeat": (bp.repeat(bp.chain(bp.dense(4), bp.dropout(0.5)), 2), VECTOR),
+    "dropout in a branch": (bp.parallel(bp.dense(4), bp.dropout(0.5)), VECTOR),
+    "dropout behind a shortcut": (bp.residual(bp.dropout(0.5)), VECTOR),
+    "dropout of a tied pair": (tied_pair(bp.dropout(0.5)), VECTOR),
+    "dropout at an entry": (bp.at("x", bp.dropout(0.5)), {"x": VECTOR, "length": 2}),
+    "dropout in both directions": (
+        bp.bidirectional(
+            bp.chain(bp.dropout(0.5), bp.rnn(2)),
+            bp.chain(bp.dropout(0.5), bp.rnn(2, reverse=True)),
+        ),
+        SEQUENCE,
+    ),
 }
 
 IDS = jnp.array([2, 0, 3])
 PROBABILITIES = jnp.array([[0.1, 0.2, 0.3, 0.4], [0.7, 0.1, 0.2, 0.0], [0.25, 0.25, 0.25, 0.25]])
 SIGNS = jnp.array([[1.0, -1, 1, 1], [-1, -1, 1, -1], [1, 1, -1, 1]])
+
+QUARTIC = bp.losses.loss(
+    lambda a, y: 0.25 * jnp.sum((a - y) ** 4, dtype=accumulator(a)),
+    lambda a, y: ((a - y) ** 3).astype(a.dtype),
+    name="a user's loss",
+)
 
 LOSSES = {
     "squared_error": (bp.losses.squared_error, SIGNS / 3),
@@ -157,4 +245,5 @@ LOSSES = {
     "smoothed_softmax_cross_entropy": (bp.losses.smoothed_softmax_cross_entropy(0.1), IDS),
     "sigmoid_cross_entropy": (bp.losses.sigmoid_cross_entropy, PROBABILITIES),
     "kl_divergence": (bp.losses.kl_divergence, PROBABILITIES),
+    "a user's loss": (QUARTIC, SIGNS / 3),
 }

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from definitions import case, check_equal, compiled
+from definitions import WEIGHTS, case, check_equal, compiled
 
 import functional_bp as bp
 
@@ -33,39 +33,46 @@ def test_one_step_solves_linear_least_squares():
         return optax.apply_updates(params, updates)
 
     weight = compiled(step, jax.random.key(0))[0]["weight"]
+    # What differs is the damping, which is √λ = 1e-7 on each side.
     np.testing.assert_allclose(weight, np.linalg.lstsq(x, y)[0].T, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["mixed", "nested repeat"])
-def test_steps_are_as_the_equations_say(name):
+@pytest.mark.parametrize(
+    ("name", "shared", "inverse_every"), [("mixed", "expand", 1), ("nested repeat", "reduce", 2)]
+)
+def test_steps_are_as_the_equations_say(name, shared, inverse_every):
+    """With a learning rate and weights that change at every step."""
     model, loss, params, x, y = case(name)
-    decay, damping, rate, bound = 0.8, 0.01, 0.1, 1e-3
+    decay, damping, bound = 0.8, 0.01, 1e-3
+    rates, weights = (0.1, 0.3, 0.05), jnp.array(WEIGHTS)
     optimizer = bp.kfac(
         model,
         loss,
-        rate,
+        lambda step: jnp.array(rates)[step],
         batch=(x, y),
         damping=damping,
         decay=decay,
         momentum=0.5,
         max_step=bound,
-        inverse_every=1,
+        inverse_every=inverse_every,
         fisher="empirical",
+        shared=shared,
     )
-    batches = [(x, y), (x[::-1] * 2, y), (x + 1, y[::-1])]
+    batches = [(x, y, weights), (x[::-1] * 2, y, weights[::-1]), (x + 1, y[::-1], weights + 1)]
 
     def ours(params):
         state, updates = optimizer.init(params), []
-        for batch in batches:
-            gradient = bp.grad(model, loss)(params, *batch)
-            update, state = optimizer.update(gradient, state, params, x=batch[0], y=batch[1])
+        for x, y, w in batches:
+            gradient = bp.grad(model, loss)(params, x, y, weights=w)
+            update, state = optimizer.update(gradient, state, params, x=x, y=y, weights=w)
             updates.append(update)
         return dict(enumerate(updates))
 
     def material(params):
+        factors = bp.kronecker_factors(model, loss, fisher="empirical", shared=shared)
         return [
-            (bp.grad(model, loss)(params, *b), bp.kronecker_factors(model, loss)(params, *b))
-            for b in batches
+            (bp.grad(model, loss)(params, x, y, weights=w), factors(params, x, y, weights=w))
+            for x, y, w in batches
         ]
 
     def preconditioned(g, A, G):
@@ -77,7 +84,7 @@ def test_steps_are_as_the_equations_say(name):
     def is_kronecker(node):
         return isinstance(node, bp.Kronecker)
 
-    wanted, average, velocity = {}, None, None
+    wanted, average, velocity, shrinks = {}, None, None, []
     for step, (gradient, factors) in enumerate(compiled(material, params)):
         new = [
             (np.asarray(f.A), np.asarray(f.G))
@@ -87,28 +94,58 @@ def test_steps_are_as_the_equations_say(name):
             tuple(decay * old + (1 - decay) * n for old, n in zip(olds, news))
             for olds, news in zip(average or [(0, 0)] * len(new), new)
         ]
-        unbias = 1 - decay ** (step + 1)
+        if step % inverse_every == 0:
+            unbiased = [tuple(f / (1 - decay ** (step + 1)) for f in pair) for pair in average]
         us, slope = [], 0.0
-        for g, (A, G) in zip(jax.tree.leaves(gradient), average):
+        for g, (A, G) in zip(jax.tree.leaves(gradient), unbiased):
             stack = A.shape[:-2]
             u = np.stack(
                 [
                     preconditioned(*one)
                     for one in zip(
                         np.asarray(g).reshape(-1, g.size // max(1, int(np.prod(stack)))),
-                        A.reshape(-1, *A.shape[-2:]) / unbias,
-                        G.reshape(-1, *G.shape[-2:]) / unbias,
+                        A.reshape(-1, *A.shape[-2:]),
+                        G.reshape(-1, *G.shape[-2:]),
                     )
                 ]
             ).reshape(g.shape)
             us.append(u)
             slope += (u * g).sum()
-        shrink = min(1, np.sqrt(bound / (rate**2 * slope)))
-        velocity = [shrink * u + 0.5 * v for u, v in zip(us, velocity or [0.0] * len(us))]
+        shrinks.append(min(1, np.sqrt(bound / (rates[step] ** 2 * slope))))
+        velocity = [shrinks[-1] * u + 0.5 * v for u, v in zip(us, velocity or [0.0] * len(us))]
         wanted[step] = jax.tree.unflatten(
-            jax.tree.structure(params), [jnp.asarray(-rate * v) for v in velocity]
+            jax.tree.structure(params), [jnp.asarray(-rates[step] * v) for v in velocity]
         )
+    assert max(shrinks) < 1  # or the bound would not be seen
     check_equal(compiled(ours, params), wanted)
+
+
+def test_a_parameter_without_factors_is_stepped_along_its_gradient():
+    model, loss = bp.chain(bp.embedding(5, 2, dtype=float), bp.dense(3)), bp.losses.squared_error
+    x, y = jnp.array([0, 1, 1, 4]), jnp.ones((4, 3))
+    optimizer = bp.kfac(model, loss, 0.1, batch=(x, y), fisher="exact", max_step=None)
+
+    def step(key):
+        params = model.init(key, x[0])
+        gradient = bp.grad(model, loss)(params, x, y)
+        updates, _ = optimizer.update(gradient, optimizer.init(params), params, x=x, y=y)
+        return updates[0]["weight"], gradient[0]["weight"]
+
+    update, gradient = compiled(step, jax.random.key(0))
+    check_equal({"embedding": update}, {"embedding": -0.1 * gradient})
+
+
+def test_a_parameter_that_has_had_no_input_and_no_gradient_is_not_stepped():
+    """Its factor A is 0, which has no share of the damping to ask for."""
+    model, loss = bp.chain(bp.dense(2, bias=False)), bp.losses.squared_error
+    params, x, y = ({"weight": jnp.ones((2, 3))},), jnp.zeros((4, 3)), jnp.ones((4, 2))
+    optimizer = bp.kfac(model, loss, 0.1, batch=(x, y), fisher="exact")
+
+    def step(params):
+        gradient = bp.grad(model, loss)(params, x, y)
+        return optimizer.update(gradient, optimizer.init(params), params, x=x, y=y)[0]
+
+    assert (compiled(step, params)[0]["weight"] == 0).all()
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,14 @@
 """Per-example gradients, norms and clipping equal their definitions by ``vmap(jax.grad)``."""
 
+import dataclasses
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from definitions import (
+    IDS,
     MODELS,
     VECTORS,
     WEIGHTS,
@@ -144,6 +148,146 @@ def test_an_example_that_is_not_finite_adds_nothing_and_is_reported(bad, options
         np.testing.assert_array_equal(jnp.isfinite(norms), present == 1)
     assert all(not g.any() for g in jax.tree.leaves(none[0]))
     assert none[1].loss == 0
+
+
+@pytest.mark.parametrize("options", [{}, {"recursions": 1, "per": "layer"}, {"microbatch": 2}])
+def test_an_example_that_is_not_finite_adds_nothing_where_the_model_is_undefined_at_0(options):
+    """x / ‖x‖, undefined at 0 and so no place for zeros to stand in."""
+
+    def backward(params, x, dy):
+        norm = jnp.linalg.norm(x)
+        return (dy - x * (x @ dy) / norm**2) / norm, ()
+
+    unit = bp.rule(
+        bp.identity.init,
+        lambda params, x, key=None: (x / jnp.linalg.norm(x), x),
+        backward,
+        name="unit",
+    )
+    model, loss = bp.chain(unit, bp.dense(3)), bp.losses.softmax_cross_entropy
+    params, x, y = batch(model, (4,), IDS, N, seed=0)
+    clipped = bp.clipped_grad(model, loss, 0.3, has_aux=True, **options)
+    present = jnp.ones(N).at[2].set(0)
+    spoilt, whole = compiled(
+        lambda: (
+            clipped(params, x.at[2, 1].set(jnp.nan), y),
+            clipped(params, x, y, weights=present),
+        )
+    )
+    check_equal({"g": spoilt[0], "loss": spoilt[1].loss}, {"g": whole[0], "loss": whole[1].loss})
+
+
+def test_a_sum_that_is_not_finite_even_then_is_zero():
+    """A model that is finite at no example but in its norms: nothing leaves it."""
+    spoilt = bp.rule(
+        lambda key, x: {"s": jnp.ones(())},
+        lambda params, x, key=None: (x * params["s"], x),
+        lambda params, x, dy: (dy, {"s": Treacherous(x @ dy)}),
+    )
+    x, y = jnp.array([[1.0], [jnp.nan]]), jnp.zeros((2, 1))
+    g = bp.clipped_grad(spoilt, bp.losses.squared_error, 0.3)({"s": jnp.ones(())}, x, y)
+    assert g["s"] == 0
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["g"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class Treacherous(bp.factors.Factored):
+    """Factors whose norm is finite and whose total is not."""
+
+    g: jax.Array
+
+    def each(self):
+        return self.g
+
+    def scaled(self, weights):
+        return Treacherous(self.g * weights)
+
+    def total(self):
+        return self.g.sum() + jnp.inf
+
+
+def test_targets_with_a_mask_or_a_length_are_clipped():
+    model, loss = bp.dense(3), bp.losses.softmax_cross_entropy
+    params, x, y = batch(model, (5, 4), IDS, N, seed=0)
+    mask = jnp.arange(5) < jnp.arange(N)[:, None]
+    for target in ({"y": y, "mask": mask}, {"y": y, "length": jnp.arange(N)}):
+
+        def both(target, params=params, x=x):
+            clipped = bp.clipped_grad(model, loss, 0.1)(params, x.at[0].set(jnp.nan), target)
+            each = bp.per_example_grads(model, loss)(params, x, target)
+            norms = bp.per_example_grad_norms(model, loss)(params, x, target)
+            scales = jnp.where(jnp.arange(N) > 0, jnp.minimum(1, 0.1 / norms), 0) / N
+            return clipped, jax.tree.map(lambda g: jnp.tensordot(scales, g, 1), each)
+
+        clipped, wanted = compiled(both, target)
+        check_equal({"clipped": clipped}, {"clipped": wanted})
+
+
+def test_a_weight_moves_the_clipped_gradient_by_itself_times_the_bound_at_most():
+    model, loss, params, x, y = case("mixed")
+    fn = bp.clipped_grad(model, loss, 0.3, normalize_by=7.0)
+    weights = jnp.ones(N).at[0].set(5.0)
+    moved = compiled(
+        lambda: jax.tree.map(
+            jnp.subtract, *(fn(params, x, y, weights=w) for w in (weights, weights.at[0].set(0)))
+        )
+    )
+    np.testing.assert_allclose(norm_of(moved), 5 * 0.3 / 7)
+
+
+def norm_of(tree):
+    return jnp.sqrt(sum((leaf**2).sum() for leaf in jax.tree.leaves(tree)))
+
+
+LOW = {"float16": 1e-3, "bfloat16": 1e-2}  # a few units in their last place
+
+
+@pytest.mark.parametrize("dtype", LOW)
+def test_norms_are_right_wherever_float32_can_hold_them(dtype):
+    """The square of 300 is no float16, and a sum of bfloat16 stops growing at 256 terms."""
+    model, loss = bp.dense(3), bp.losses.softmax_cross_entropy
+    x, y = jnp.full((4, 1, 5), 300, dtype), jnp.zeros((4, 1), int)
+    params = {"weight": jnp.zeros((3, 5), dtype), "bias": jnp.zeros(3, dtype)}
+    for x_, y_ in ((x[:, 0], y[:, 0]), (x, y), (jnp.tile(x, (1, 9, 1)), jnp.tile(y, (1, 9)))):
+        norms = bp.per_example_grad_norms(model, loss)(params, x_, y_)
+        wanted = np.sqrt((1 + 5 * 300**2) * 2 / 3)
+        np.testing.assert_allclose(norms, wanted, rtol=LOW[dtype])
+        (g, seen) = bp.clipped_grad(model, loss, 1.0, has_aux=True)(params, x_, y_)
+        np.testing.assert_allclose(seen.norms, wanted, rtol=LOW[dtype])
+        np.testing.assert_allclose(norm_of(jax.tree.map(jnp.float32, g)), 1, rtol=4 * LOW[dtype])
+        dots = bp.grad_dots(model, loss)(params, x_, y_, jax.tree.map(jnp.ones_like, params))
+        np.testing.assert_allclose(dots, 0, atol=LOW[dtype] * wanted)
+        grams = bp.grad_gram(model, loss)(params, x_, y_)
+        np.testing.assert_allclose(grams, wanted**2, rtol=2 * LOW[dtype])
+
+
+@pytest.mark.parametrize("dtype", LOW)
+def test_products_of_any_factors_run_in_float32(dtype):
+    g = bp.factors.Itself(jnp.full((2, 1000), 900, dtype))
+    held = float(g.g[0, 0])
+    np.testing.assert_allclose(jnp.sqrt(g.squared_norm()), held * 1000**0.5, rtol=1e-5)
+    np.testing.assert_allclose(g.gram(g), held**2 * 1000, rtol=1e-5)
+    np.testing.assert_allclose(g.second_moment(), held**2, rtol=1e-5)
+    np.testing.assert_allclose(g.dot(g.g[0]), held**2 * 1000, rtol=1e-5)
+
+
+def test_the_derivative_of_a_norm_is_0_where_the_norm_stays_0():
+    model, loss, params, x, _ = case("positions")
+
+    def derivatives(params):
+        y = model.apply(params, x).at[1:].add(1)
+        fixed = jax.lax.stop_gradient(y)
+        norms = bp.per_example_grad_norms(model, loss)
+        v = direction(params)
+        forward = jax.jvp(lambda p: norms(p, x[1:], fixed[1:]), (params,), (v,))[1]
+        both = jax.jvp(lambda p: norms(p, x, fixed), (params,), (v,))[1]
+        gone = jax.jvp(lambda p: norms(p, x, model.apply(p, x)), (params,), (v,))
+        return forward, both, gone
+
+    alone, both, (zeros, of_zeros) = compiled(derivatives, params)
+    np.testing.assert_allclose(both[1:], alone)
+    assert not zeros.any() and not of_zeros.any()
+    assert jnp.isfinite(both).all()
 
 
 def test_an_example_without_gradient_is_exact():
@@ -309,7 +453,14 @@ def test_class_ids_out_of_range_are_named_under_microbatches_too():
 
 
 @pytest.mark.parametrize(
-    "options", [{"max_norm": 0}, {"max_norm": jnp.nan}, {"per": "tree"}, {"recursions": 3}]
+    "options",
+    [
+        {"max_norm": 0},
+        {"max_norm": jnp.nan},
+        {"max_norm": jnp.inf},
+        {"per": "tree"},
+        {"recursions": 3},
+    ],
 )
 def test_options_out_of_range_are_named(options):
     with pytest.raises(ValueError, match=next(iter(options))):

@@ -2,6 +2,7 @@
 loss or a quantity, and says where."""
 
 import dataclasses
+import inspect
 import re
 
 import jax
@@ -11,8 +12,8 @@ import pytest
 from layers import ACTIVATIONS, COMBINED, LAYERS, LOSSES, RULES, VECTOR
 
 import functional_bp as bp
-from functional_bp.contractions import contract_factors, keep
-from functional_bp.factors import Factored, Itself, Outer, Stacked, Sum, Summed
+from functional_bp.contractions import contract_factors, is_factor, keep
+from functional_bp.factors import Factored, Itself, Outer, Rows, Stacked, Sum, Summed
 from functional_bp.testing import check_layer, check_model
 
 # ---- faults in rules --------------------------------------------------------------------------
@@ -33,6 +34,14 @@ def planted(layer, fault, forms=("one", "batch")):
     one = wrong(layer) if "one" in forms else layer
     batched = wrong(layer.batched) if "batch" in forms else layer.batched
     return dataclasses.replace(one, lift=lambda: batched)
+
+
+def is_float(leaf):
+    return jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
+
+
+def every_array(change):
+    return lambda dx: jax.tree.map(change, dx)
 
 
 def of_input(change):
@@ -62,11 +71,20 @@ def of_factor(name, change):
 
 
 def first_array(change):
+    """Changes the first of a factor's arrays of floating-point numbers."""
+
     def changed(factor):
         leaves, structure = jax.tree.flatten(factor)
-        return jax.tree.unflatten(structure, [change(leaves[0]), *leaves[1:]])
+        first = next(i for i, leaf in enumerate(leaves) if is_float(leaf))
+        leaves[first] = change(leaves[first])
+        return jax.tree.unflatten(structure, leaves)
 
     return changed
+
+
+def a_step_late(factor):
+    """h_{t+1} for h_t, in a factor whose v are the states before each step."""
+    return Outer(factor.u, jnp.roll(factor.v, -1, -2))
 
 
 def parameters(layer, x):
@@ -75,8 +93,9 @@ def parameters(layer, x):
 
 FAULTS = {
     **{
-        f"{name}: {what} ∂C/∂x": (name, of_input(change))
-        for name in RULES
+        f"{name}: {what} ∂C/∂x": (name, of_input(every_array(change)))
+        for name, (_, x) in RULES.items()
+        if any(map(is_float, jax.tree.leaves(x)))
         for what, change in {"negative": jnp.negative, "no": jnp.zeros_like}.items()
     },
     **{
@@ -88,14 +107,15 @@ FAULTS = {
     **{
         f"{name}: no σ′": (name, lambda backward: lambda params, residuals, da: (da, ()))
         for name, layer in ACTIVATIONS.items()
-        if not name.endswith("glu")
+        if not name.endswith("glu")  # their δ has half as many numbers as their input
     },
     **{
         f"{name}: the gate's gradient for the other's": (
             name,
             of_input(lambda dz: jnp.roll(dz, dz.shape[-1] // 2, -1)),
         )
-        for name in ("glu", "reglu", "geglu", "swiglu")
+        for name in ACTIVATIONS
+        if name.endswith("glu")
     },
     "flatten: numbers in the wrong order": ("flatten", of_input(lambda dx: dx[..., ::-1])),
     "dense: W for Wᵀ": (
@@ -121,6 +141,16 @@ FAULTS = {
         "dense at positions",
         of_factor("weight", lambda f: Outer(f.u / 2, f.v)),
     ),
+    "embedding: δ of the next position": (
+        "embedding",
+        of_factor("weight", lambda f: Rows(f.ids, jnp.roll(f.v, 1, -2), f.rows)),
+    ),
+    "rnn: h_t for h_{t−1}": ("rnn", of_factor("weight_h", a_step_late)),
+    "concatenate: the parts exchanged": (
+        "concatenate positions",
+        of_input(lambda dx: (dx[1], dx[0])),
+    ),
+    "multiply: the last factor for each": ("multiply", of_input(lambda dx: (dx[2],) * 3)),
 }
 
 
@@ -184,23 +214,69 @@ def test_a_fault_in_a_combinator_is_caught(layer, faulty):
         check_layer(combined(layer, faulty), VECTOR)
 
 
-METHODS = (
-    *("each", "scaled", "among", "total", "squared_norm"),
-    *("inner", "gram", "dot", "second_moment"),
-)
+def methods(kind):
+    """The public methods that a class of factors defines itself."""
+    return [n for n, f in vars(kind).items() if n[0] != "_" and inspect.isfunction(f)]
+
+
+METHODS = methods(Factored)
 MET_IN = {
     Factored: ["a user's factors"],
     Itself: ["a user's rule"],
     Summed: ["dense at positions"],
-    Outer: ["dense", "dense at positions"],
+    # Vectors without positions; few positions; so many that gₙ is cheaper multiplied out.
+    Outer: ["dense", "dense at positions", "dense to one at positions"],
+    Rows: ["embedding"],
     Sum: ["tied"],
     Stacked: ["repeat"],
 }
 OWN = {
     (Factored, "each"),  # what every class must bring
     (Factored, "scaled"),
-    (Stacked, "second_moment"),  # the contraction asks each layer
+    (Factored, "as_outer"),  # None: few factors are outer products
 }
+
+
+def test_every_class_of_factors_and_every_method_is_in_the_lists():
+    """A new class, or a method of one alone, has faults planted in it too."""
+    classes = {c for c in vars(bp.factors).values() if inspect.isclass(c)}
+    assert set(MET_IN) == {c for c in classes if issubclass(c, Factored)}
+    for kind in MET_IN:
+        assert set(methods(kind)) <= set(METHODS), kind
+
+
+def same(found, wanted):
+    assert found.shape == wanted.shape
+    assert np.abs(found - wanted).max() <= 1e-12 * np.abs(wanted).max()
+
+
+def prove(name):
+    """The proof of a layer, and what its factors say of themselves that no contraction asks."""
+    layer, x = LAYERS[name]
+    check_layer(layer, x)
+    draw = np.random.default_rng(0)
+
+    def drawn(leaf, *axes):
+        if is_float(leaf):
+            return jnp.asarray(draw.normal(size=(*axes, *leaf.shape)))
+        return jnp.broadcast_to(leaf, (*axes, *leaf.shape))
+
+    with jax.enable_x64(True), jax.disable_jit():
+        params = jax.tree.map(drawn, parameters(layer, x))
+        y, residuals = layer.batched.forward(params, jax.tree.map(lambda leaf: drawn(leaf, 3), x))
+        _, factors = layer.batched.backward(params, residuals, jax.tree.map(drawn, y))
+        for factor in jax.tree.leaves(factors, is_leaf=is_factor):
+            each, outer = factor.each(), factor.as_outer()
+            last = each.shape[-1] - 1
+            same(factor.columns(last, 1).each(), each[..., last:])
+            same(factor.second_moment(), (each**2).mean(0))  # a stack's is asked of its layers
+            if outer is not None:
+                same(outer.each().reshape(each.shape), each)
+
+
+@pytest.mark.parametrize("name", dict.fromkeys(n for names in MET_IN.values() for n in names))
+def test_factors_in_another_form_are_the_same_gradients(name):
+    prove(name)
 
 
 @pytest.mark.parametrize(
@@ -215,11 +291,13 @@ OWN = {
 )
 def test_a_fault_in_factors_is_caught(monkeypatch, kind, method, name):
     right = getattr(kind, method)
-    monkeypatch.setattr(
-        kind, method, lambda *args: jax.tree.map(lambda a: a * 1.0001, right(*args))
-    )
+
+    def off(leaf):
+        return leaf * 1.0001 if is_float(leaf) else leaf
+
+    monkeypatch.setattr(kind, method, lambda *args: jax.tree.map(off, right(*args)))
     with pytest.raises(AssertionError):
-        check_layer(*LAYERS[name])
+        prove(name)
 
 
 def test_a_dropped_cross_term_of_a_tied_parameter_is_caught(monkeypatch):

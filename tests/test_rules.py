@@ -1,13 +1,21 @@
 """Every layer against two oracles: autodiff of its textbook form, and central differences."""
 
+import inspect
+import runpy
+import typing
+
 import jax
 import jax.numpy as jnp
+import layers
 import numpy as np
 import pytest
+from jax.extend.core import jaxprs_in_params
 from layers import COMBINED, LAYERS, RANDOM, RULES
 
 import functional_bp as bp
 from functional_bp import contractions
+
+KEY = jax.random.key(1)
 
 
 @pytest.mark.parametrize("name", LAYERS)
@@ -15,7 +23,7 @@ def test_backward_equals_autodiff_in_float64(name):
     bp.testing.check_layer(*LAYERS[name])
 
 
-@pytest.mark.parametrize("name", [*RULES, "residual", "tied"])
+@pytest.mark.parametrize("name", [*RULES, "residual", "tied", "bidirectional", "at an entry"])
 def test_backward_equals_autodiff_in_float32(name):
     bp.testing.check_layer(*LAYERS[name], dtype="float32")
 
@@ -29,32 +37,40 @@ def test_backward_is_close_to_autodiff_in_bfloat16(name):
 @pytest.mark.parametrize("name", RANDOM)
 def test_random_backward_equals_autodiff(name):
     bp.testing.check_layer(*RANDOM[name])
-    bp.testing.check_layer(*RANDOM[name], key=jax.random.key(1))
+    bp.testing.check_layer(*RANDOM[name], key=KEY)
 
 
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("name", LAYERS | RANDOM)
 def test_backward_equals_central_differences(name):
     """⟨∇f, d⟩ ≈ (f(θ + h d) − f(θ − h d)) / 2h along random directions d, for
     f = Σ_n ⟨y_n, δ_n⟩ over a batch: an oracle that shares nothing with autodiff."""
-    layer, x = LAYERS[name]
+    layer, x = (LAYERS | RANDOM)[name]
+    key = KEY if name in RANDOM else None
     draw = np.random.default_rng(0)
 
-    def normal_like(tree):
-        return jax.tree.map(lambda leaf: jnp.asarray(draw.normal(size=leaf.shape)), tree)
+    def batch_like(leaf):
+        """Three examples: floats drawn, integers as they are."""
+        if is_float(leaf):
+            return jnp.asarray(draw.normal(size=(3, *leaf.shape)))
+        return jnp.broadcast_to(leaf, (3, *jnp.shape(leaf)))
+
+    def normal_like(leaf):
+        return jnp.asarray(draw.normal(size=leaf.shape)) if is_float(leaf) else None
 
     with jax.enable_x64(True), jax.disable_jit():
-        params = normal_like(jax.eval_shape(layer.init, jax.random.key(0), x))
-        xs = jnp.asarray(draw.normal(size=(3, *x.shape)))
-        y, residuals = layer.batched.forward(params, xs)
-        dy = normal_like(y)
+        params = jax.tree.map(normal_like, jax.eval_shape(layer.init, KEY, x))
+        xs = jax.tree.map(batch_like, x)
+        y, residuals = layer.batched.forward(params, xs, key)
+        dy = jax.tree.map(normal_like, y)
         dx, gradient = layer.batched.backward(params, residuals, dy, contractions.total)
 
         def f(leaves):
             params, xs = jax.tree.unflatten(structure, leaves)
-            return inner(jax.tree.leaves(layer.apply(params, xs)), jax.tree.leaves(dy))
+            return inner(floats(layer.apply(params, xs, key)), floats(dy))
 
         leaves, structure = jax.tree.flatten((params, xs))
-        for i, gradient_i in enumerate(jax.tree.leaves((gradient, dx))):
+        places = [i for i, leaf in enumerate(leaves) if is_float(leaf)]
+        for i, gradient_i in zip(places, floats((gradient, dx)), strict=True):
             for _ in range(2):
                 direction, h = draw.normal(size=leaves[i].shape), 1e-5
                 above, below = (
@@ -63,16 +79,145 @@ def test_backward_equals_central_differences(name):
                 )
                 scale = np.linalg.norm(gradient_i) * np.linalg.norm(direction)
                 error = inner([gradient_i], [direction]) - (above - below) / (2 * h)
+                # h² of the next term of the series, and 1e-16 / h of rounding, with some room.
                 assert abs(error) <= 1e-8 * scale
+
+
+def is_float(leaf):
+    return jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
+
+
+def floats(tree):
+    return [leaf for leaf in jax.tree.leaves(tree) if is_float(leaf)]
 
 
 def inner(a, b):
     return sum(np.vdot(x, y) for x, y in zip(a, b, strict=True))
 
 
-def test_the_list_of_layers_has_every_activation_and_combinator():
-    names = {layer.name.split("(")[0] for layer, _ in LAYERS.values()}
-    assert names >= {"dense", "flatten", "identity", "relu", "sigmoid"}
-    assert names >= {"chain", "residual", "parallel", "repeat", "tied"}
+@pytest.mark.parametrize("name", RANDOM)
+def test_what_a_random_layer_gives_depends_on_its_key(name):
+    layer, x = RANDOM[name]
+    with jax.disable_jit():
+        params = jax.tree.map(lambda p: jnp.ones(p.shape), jax.eval_shape(layer.init, KEY, x))
+        xs = jax.tree.map(lambda leaf: jnp.ones((3, *jnp.shape(leaf)), jnp.result_type(leaf)), x)
+        without, one, other = (
+            jnp.concatenate([leaf.ravel() for leaf in floats(layer.apply(params, xs, key))])
+            for key in (None, KEY, jax.random.key(2))
+        )
+    assert not jnp.array_equal(without, one)
+    assert not jnp.array_equal(one, other)
+
+
+# ---- in bfloat16 ------------------------------------------------------------------------------
+
+ADDING = {"dot_general", "conv_general_dilated", "reduce_sum", "scatter-add", "cumsum"}
+
+
+def operations(jaxpr):
+    """Every operation of a traced function, those inside loops and calls too."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for inside in jaxprs_in_params(equation.params):
+            yield from operations(inside)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_sums_of_bfloat16_run_in_float32(name):
+    """As the program says it: what a CPU computes would not show it, for there a product of
+    bfloat16 is summed in float32 whatever it is asked for."""
+    layer, x = LAYERS[name]
+
+    def low(leaf, *axes):
+        dtype = jnp.bfloat16 if is_float(leaf) else jnp.result_type(leaf)
+        return jax.ShapeDtypeStruct((*axes, *jnp.shape(leaf)), dtype)
+
+    params = jax.tree.map(low, jax.eval_shape(layer.init, KEY, x))
+    xs = jax.tree.map(lambda leaf: low(leaf, 3), x)
+
+    def there_and_back(params, xs):
+        y, residuals = layer.batched.forward(params, xs)
+        dy = jax.tree.map(lambda leaf: leaf if is_float(leaf) else None, y)
+        asked = (contractions.total, contractions.each, contractions.squared_norm)
+        return y, [layer.batched.backward(params, residuals, dy, c) for c in asked]
+
+    found, (y, results) = jax.make_jaxpr(there_and_back, return_shape=True)(params, xs)
+    for operation in operations(found.jaxpr):
+        if operation.primitive.name in ADDING:
+            assert jnp.bfloat16 not in [v.aval.dtype for v in operation.outvars], operation
+    given_back = floats(y) + [leaf for dx, _ in results for leaf in floats(dx)]
+    assert {leaf.dtype for leaf in given_back} == {jnp.dtype("bfloat16")}
+
+
+# ---- what is in the lists ---------------------------------------------------------------------
+
+
+def makers(module, kind):
+    """The public functions of a module that return a layer or a loss, by name."""
+    functions = {n: f for n, f in vars(module).items() if n[0] != "_" and inspect.isfunction(f)}
+    returned = {n: typing.get_type_hints(f).get("return") for n, f in functions.items()}
+    return {
+        n: functions[n] for n, r in returned.items() if inspect.isclass(r) and issubclass(r, kind)
+    }
+
+
+def values(module, kind):
+    """The public layers or losses of a module, by name."""
+    return {n: v for n, v in vars(module).items() if n[0] != "_" and isinstance(v, kind)}
+
+
+@pytest.fixture
+def made(monkeypatch):
+    """The lists of tests/layers.py made anew, and for each layer and loss which public function
+    made it."""
+    names = {}
+
+    def noting(name, function):
+        def noted(*args, **options):
+            result = function(*args, **options)
+            names[result] = name
+            return result
+
+        return noted
+
+    for module, kind in ((bp, bp.Layer), (bp.losses, bp.losses.Loss)):
+        for name, function in makers(module, kind).items():
+            monkeypatch.setattr(module, name, noting(name, function))
+    lists = runpy.run_path(layers.__file__)
+    monkeypatch.undo()
+    return lists, names
+
+
+def with_parts(listed):
+    """The layers of a list, and all that they are made of."""
+    found = [layer for layer, _ in listed.values()]
+    for layer in found:
+        found.extend(layer.parts)
+    return found
+
+
+def test_every_public_layer_is_in_the_lists(made):
+    """A new layer is proven because it is in a list: tests/layers.py says in which."""
+    lists, names = made
+    listed = with_parts(lists["RULES"] | lists["COMBINED"] | lists["RANDOM"])
+    assert {n for n, v in values(bp, bp.Layer).items() if v not in listed} == set()
+    assert set(makers(bp, bp.Layer)) - {names.get(layer) for layer in listed} == set()
+
+
+def test_every_public_loss_is_in_the_list(made):
+    lists, names = made
+    listed = [loss for loss, _ in lists["LOSSES"].values()]
+    assert {n for n, v in values(bp.losses, bp.losses.Loss).items() if v not in listed} == set()
+    assert set(makers(bp.losses, bp.losses.Loss)) - {names.get(loss) for loss in listed} == set()
+
+
+def test_every_combinator_is_proven_around_a_random_layer(made):
+    lists, names = made
+    combinators = {names.get(layer) for layer in with_parts(lists["COMBINED"]) if layer.parts}
+    assert combinators >= {"chain", "residual", "parallel", "repeat", "tied"}
+    assert combinators - {names.get(layer) for layer in with_parts(lists["RANDOM"])} == set()
+
+
+def test_rules_are_no_combinations_and_combinations_are():
     assert not any(layer.parts for layer, _ in RULES.values())
     assert all(layer.parts for layer, _ in COMBINED.values())

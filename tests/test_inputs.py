@@ -1,0 +1,339 @@
+"""Whatever is given to a public function that it cannot take is named, in a message of ours.
+
+The tables say what each kind of argument takes and by which name it goes. A new public function
+is in these tests by itself; an argument of a new name fails until ``KINDS`` says what it is.
+"""
+
+import inspect
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import functional_bp as bp
+
+KEY = jax.random.key(0)
+MODEL = bp.chain(bp.dense(4), bp.tanh, bp.dense(3))
+LOSS = bp.losses.softmax_cross_entropy
+X = np.ones((4, 5), np.float32)
+Y = np.array([0, 1, 2, 0])
+PARAMS = MODEL.init(KEY, X[0])
+
+
+def a_function(*args):
+    return args[0]
+
+
+CELL = bp.Cell("mine", 2, ("h",), *(a_function,) * 5)
+NO_NUMBERS = ("3", None, 1j, [1.0], jnp.ones(2), math.nan, math.inf)
+NO_WHOLE = ("3", 2.5, math.nan, [1], jnp.ones(2), True, 1j)
+NO_LAYERS = (3, "relu", None, LOSS, a_function, X)
+
+# What each kind of argument does not take. None is not taken unless the kind says so.
+BAD = {
+    "layer": NO_LAYERS,
+    "layer or none": tuple(bad for bad in NO_LAYERS if bad is not None),
+    "loss": (3, "relu", None, MODEL, a_function),
+    "function": (3, "tanh", None),
+    "function or none": (3, "tanh"),
+    "whole from 1": (*NO_WHOLE, None, 0, -1),
+    "whole from 1 or none": (*NO_WHOLE, 0, -1),
+    "whole from 1 or flag": (*(bad for bad in NO_WHOLE if bad is not True), None, 0, -1),
+    "whole from 0": (*NO_WHOLE, None, -1),
+    "whole from 0 or none": (*NO_WHOLE, -1),
+    "whole": (*NO_WHOLE, None),
+    "1 or 2": (*NO_WHOLE, None, 0, 3),
+    "finite": NO_NUMBERS,
+    "above 0": (*NO_NUMBERS, 0.0, -1.0),
+    "above 0 or none": tuple(bad for bad in (*NO_NUMBERS, 0.0, -1.0) if bad is not None),
+    "from 0 below 1": (*NO_NUMBERS, -0.1, 1.0),
+    "from 0 to 1": (*NO_NUMBERS, -0.1, 1.1),
+    "rate or schedule": (*NO_NUMBERS, -1.0),
+    "flag": (None, 1, "yes", 0.0),
+    "choice": ("magic", "", 3, None),
+    "text": (3, None, 2.5),
+    "text or none": (3, 2.5),
+    "names": ("h", (), ("c",), None, 3),
+    "floating dtype": ("no dtype", "int32", int, None, 3),
+    "key": (3, "key", None, X),
+    "key or none": (3, "key", X),
+    "path": (3, None, 2.5, ""),
+    "path or none": (3, 2.5, ""),
+    "frozen": (3, "weight", {"weight": 1.0}),
+    "frozen of parameters": (3, "weight", {"weight": 1.0}, (True,)),
+    "ties": (3, "weight", None, {"weight": "bias"}, {("weight",): 3}),
+    "arrays": (3, "weight", None, (1.0, 2.0)),
+    "part of arrays": (3, "weight", {"weight": 1}),
+    "cell": (3, "lstm", None, bp.lstm(3)),
+    "examples": ("x", None, 3, [1.0], X[0, 0]),
+    "an example": ("x", None),
+    "metrics": (3, "accuracy", {"accuracy": 3}),
+    "callbacks": (3, "print", [3], None),
+    "batches": (3, "x", None, [3], [(X,)], [(X, Y, Y, Y)], [X]),
+    "batches or none": (3, "x", [3], [(X,)], [X]),
+    "a batch": (3, "x", None, (X,), X),
+    "optimizer": (3, "adam", None, a_function),
+    "parameters": (3, "weight", None, (), PARAMS[:2]),
+    "batch's x": ("x", None, 3, [1.0], X[:2], X[:, 0], X.astype(complex), X[:, :2], X.astype(int)),
+    "batch's y": ("y", None, 3, [1], Y[:2], Y.astype(float), Y + 3, X),
+    "weights": (
+        *("w", 3, [1.0] * 4, np.ones(3), np.ones((4, 1)), np.ones(4) * 1j),
+        *(np.array([1, 1, 1, bad]) for bad in (-1, math.nan, math.inf)),
+        np.array(["1"] * 4),
+    ),
+    "like parameters": (3, "v", None, PARAMS[:2], jax.tree.map(lambda p: p * 1j, PARAMS)),
+    "other batch": (3, "x", (PARAMS,), (PARAMS, X, Y[:2]), (PARAMS[:2], X, Y)),
+    "other x": (3, "x", X[:, 0], X[:, :2]),
+    "of one's own": (),  # whatever it is, it goes to the caller's own code
+}
+
+# What the public functions call their arguments, and what they are. The same name is the same kind
+# of thing everywhere, but for those that ``IN`` names.
+KINDS = {
+    **dict.fromkeys(("model", "layer", "shortcut", "layers"), "layer"),
+    "loss": "loss",
+    **dict.fromkeys(("sigma", "dsigma", "weight_init", "bias_init", "check"), "function"),
+    **dict.fromkeys(("value", "delta", "local", "factors"), "function"),
+    **dict.fromkeys(("init", "forward", "backward"), "function"),
+    **dict.fromkeys(
+        ("reference", "root", "sample", "lift", "probe", "rebuild"), "function or none"
+    ),
+    **dict.fromkeys(("features", "vocabulary", "hidden", "n", "size"), "whole from 1"),
+    **dict.fromkeys(("inverse_every", "batch"), "whole from 1"),
+    **dict.fromkeys(("microbatch", "samples", "truncate", "every"), "whole from 1 or none"),
+    **dict.fromkeys(("seed", "epochs", "steps"), "whole from 0 or none"),
+    "checkpoint": "whole from 1 or flag",
+    "axis": "whole",
+    "recursions": "1 or 2",
+    **dict.fromkeys(("slope", "alpha"), "finite"),
+    **dict.fromkeys(("max_norm", "threshold", "damping"), "above 0"),
+    **dict.fromkeys(("normalize_by", "max_step", "tolerance"), "above 0 or none"),
+    **dict.fromkeys(("rate", "decay", "momentum"), "from 0 below 1"),
+    "smoothing": "from 0 to 1",
+    "learning_rate": "rate or schedule",
+    **dict.fromkeys(("bias", "of_output", "random", "positionwise", "has_aux"), "flag"),
+    **dict.fromkeys(("reverse", "trained_state", "stop_on_nan", "progress", "resume"), "flag"),
+    "mixes_examples": "flag",
+    **dict.fromkeys(("per", "method", "fisher", "shared", "activation", "output"), "choice"),
+    "name": "text",
+    "entry": "text",
+    "state": "names",
+    "dtype": "floating dtype",
+    "key": "key or none",
+    "path": "path",
+    "checkpoints": "path or none",
+    "folder": "path",
+    "frozen": "frozen",
+    "ties": "ties",
+    "params": "arrays",
+    "like": "arrays",
+    "trained": "part of arrays",
+    "cell": "cell",
+    **dict.fromkeys(("x", "y", "a"), "examples"),
+    "metrics": "metrics",
+    "callbacks": "callbacks",
+    "batches": "batches",
+    "evaluation": "batches or none",
+    "optimizer": "optimizer",
+    "options": "of one's own",
+    "parts": "of one's own",
+}
+IN = {
+    ("rule", "batched"): "layer or none",
+    ("bidirectional", "forward"): "layer",
+    ("bidirectional", "backward"): "layer or none",
+    ("activation", "name"): "text or none",
+    ("loss", "name"): "text or none",
+    ("trainable", "frozen"): "frozen of parameters",
+    ("summary", "x"): "an example",
+    ("check_layer", "x"): "an example",
+    **dict.fromkeys((("check_layer", "seed"), ("check_model", "seed")), "whole from 0"),
+    ("kronecker_factors", "samples"): "whole from 1",
+    ("kfac", "batch"): "a batch",
+    ("perplexity", "a"): "examples",
+    ("fit", "params"): "arrays",
+    ("check_model", "params"): "parameters",
+}
+
+# What a function is called with where it must be given something.
+GOOD = {
+    **{"model": MODEL, "layer": bp.dense(3), "loss": LOSS, "n": 2, "cell": CELL},
+    **{"sigma": jnp.tanh, "dsigma": jnp.cos, "name": "mine", "value": a_function},
+    **{"delta": a_function, "init": a_function, "forward": a_function, "backward": a_function},
+    **{"local": a_function, "factors": a_function, "state": ("h",), "hidden": 2, "features": 3},
+    **{"vocabulary": 4, "size": 2, "max_norm": 1.0, "threshold": 1.0, "rate": 0.1},
+    **{"smoothing": 0.1, "learning_rate": 0.1, "entry": "x", "ties": {}, "params": PARAMS},
+    **{"like": PARAMS, "trained": PARAMS, "frozen": None, "x": X, "y": Y, "key": KEY},
+    **{"optimizer": optax.sgd(0.1), "batches": [(X, Y)], "weights": np.ones(4), "v": PARAMS},
+    **{"path": "no-such-folder/params.safetensors", "folder": "no-such-folder"},
+    **{"other": (PARAMS, X, Y), "a": np.ones((4, 3), np.float32)},
+}
+GOOD_IN = {
+    ("bidirectional", "forward"): bp.lstm(2),
+    ("summary", "x"): X[0],
+    ("check_layer", "x"): X[0],
+    ("check_layer", "layer"): MODEL,
+    ("kfac", "batch"): (X, Y),
+    ("dense", "features"): 3,
+    ("empirical_ntk", "other"): X,
+}
+# Records, which functions fill; pytrees, through which JAX passes whatever it likes; modules.
+NOT_CALLED = {"History", "Run", "Kronecker", "ModelError", "factors", "contractions"}
+
+
+def public_functions():
+    for name in bp.__all__:
+        item = getattr(bp, name)
+        if name in NOT_CALLED or isinstance(item, bp.Layer):
+            continue
+        if inspect.ismodule(item):
+            for inner, function in vars(item).items():
+                ours = getattr(function, "__module__", "") == item.__name__
+                if inspect.isfunction(function) and ours and not inner.startswith("_"):
+                    yield inner, function
+        else:
+            yield name, item
+
+
+FUNCTIONS = dict(public_functions())
+
+
+def kind_of(function, argument):
+    kind = IN.get((function, argument)) or KINDS.get(argument)
+    assert kind, f"{function}: say in KINDS or IN what the argument {argument} takes"
+    return kind
+
+
+def call(function, given):
+    """The function with what it must be given, and with ``given`` by name."""
+    positional, named = [], {}
+    for argument in inspect.signature(FUNCTIONS[function]).parameters.values():
+        if argument.kind is argument.VAR_POSITIONAL:
+            positional = [given.get(argument.name, GOOD["layer"])]
+        elif argument.kind is argument.VAR_KEYWORD:
+            continue
+        elif argument.name in given:
+            named[argument.name] = given[argument.name]
+        elif (function, argument.name) in GOOD_IN:
+            named[argument.name] = GOOD_IN[function, argument.name]
+        elif argument.default is argument.empty:
+            named[argument.name] = GOOD[argument.name]
+    if function == "fit" and "steps" not in named:
+        named["epochs"] = named.get("epochs", 1)
+    return FUNCTIONS[function](*positional, **named)
+
+
+CASES = [
+    (name, argument)
+    for name, function in FUNCTIONS.items()
+    for argument in inspect.signature(function).parameters
+]
+
+
+def assert_named(act, what):
+    """Raises unless it raises an error of ours."""
+    try:
+        result = act()
+    except bp.ModelError as error:
+        assert "takes" in str(error) and "got" in str(error), f"{what}: {error}"
+    except ValueError as error:  # of training: an argument out of range
+        assert "takes" in str(error) and "got" in str(error), f"{what}: {error}"
+    except Exception as error:
+        raise AssertionError(f"{what}: {type(error).__name__}: {error}") from error
+    else:
+        raise AssertionError(f"{what}: accepted, {result!r:.100}")
+
+
+@pytest.mark.parametrize(("function", "argument"), CASES, ids=lambda part: part)
+def test_a_bad_argument_is_named(function, argument):
+    if argument in ("checkpoints", "resume"):
+        pytest.importorskip("orbax.checkpoint")
+    pytest.importorskip("safetensors")
+    for bad in BAD[kind_of(function, argument)]:
+        assert_named(lambda bad=bad: call(function, {argument: bad}), f"{argument}={bad!r:.60}")
+
+
+# ---- what the returned functions are called with ------------------------------------------------
+
+DATA = {
+    "params": "parameters",
+    "x": "batch's x",
+    "y": "batch's y",
+    "weights": "weights",
+    "key": "key or none",
+    "v": "like parameters",
+    "other": "other batch",
+}
+DATA_IN = {("empirical_ntk", argument): "other x" for argument in ("x", "other")}
+QUANTITIES = [
+    name
+    for name, function in FUNCTIONS.items()
+    if "model" in inspect.signature(function).parameters
+    and str(inspect.signature(function).return_annotation).startswith("Callable")
+    and name != "evaluate"  # takes batches, as fit does
+]
+
+
+@pytest.mark.parametrize("quantity", QUANTITIES)
+def test_bad_data_is_named(quantity):
+    fn = call(quantity, {})
+    arguments = inspect.signature(fn).parameters
+    for argument in arguments:
+        for bad in BAD[DATA_IN.get((quantity, argument)) or DATA[argument]]:
+            given = {
+                name: GOOD_IN.get((quantity, name), GOOD.get(name))
+                for name, parameter in arguments.items()
+                if parameter.default is parameter.empty
+            }
+            assert_named(
+                lambda g=given, b=bad, a=argument: fn(**g | {a: b}), f"{argument}={bad!r:.60}"
+            )
+
+
+def test_quantities_are_found():
+    assert len(QUANTITIES) >= 16
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [bad for bad in BAD["weights"] if not isinstance(bad, list)],
+    ids=lambda bad: f"{bad!r:.30}",
+)
+def test_bad_weights_are_named_where_batches_are_evaluated(bad):
+    assert_named(lambda: bp.evaluate(MODEL, LOSS)(PARAMS, [(X, Y, bad)]), f"weights={bad!r}")
+
+
+LAYERS_USED = {
+    "chain": MODEL,
+    "parallel": bp.parallel(bp.dense(3), bp.dense(2)),
+    "residual": bp.residual(bp.dense(5)),
+    "repeat": bp.repeat(bp.dense(5), 2),
+    "tied": bp.tied(bp.chain(bp.dense(5), bp.dense(5)), {(1, "weight"): (0, "weight")}),
+    "at": bp.at("x", bp.dense(3)),
+    "lstm": bp.lstm(3),
+    "bidirectional": bp.bidirectional(bp.gru(2)),
+    "embedding": bp.embedding(4, 2),
+    "dropout": bp.dropout(0.5),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS_USED)
+def test_what_init_and_apply_cannot_take_is_named(name):
+    layer = LAYERS_USED[name]
+    x = {"lstm": X, "bidirectional": X, "embedding": Y, "at": {"x": X[0]}}.get(name, X[0])
+    batch = jax.tree.map(lambda leaf: np.stack([leaf] * 2), x)
+    params = layer.init(KEY, x)
+    for bad in BAD["key"]:
+        if params != ():
+            assert_named(lambda b=bad: layer.init(b, x), f"init, key={bad!r:.60}")
+    for bad in BAD["key or none"]:
+        assert_named(lambda b=bad: layer.apply(params, batch, b), f"apply, key={bad!r:.60}")
+    for bad in ("x", None, 3):
+        if name not in ("embedding", "dropout") or bad != 3:  # of which one number is an example
+            assert_named(lambda b=bad: layer.init(KEY, b), f"init, x={bad!r}")
+        assert_named(lambda b=bad: layer.apply(params, b), f"apply, x={bad!r}")
+    for bad in ("weight", None, 3, {"no": X}):
+        assert_named(lambda b=bad: layer.apply(b, batch), f"apply, params={bad!r:.60}")
