@@ -322,7 +322,9 @@ sigmoid_cross_entropy = loss(
     name="sigmoid_cross_entropy",
     check=_same_shape,
     root=lambda a, y, e: e * jnp.exp(0.5 * (jax.nn.log_sigmoid(a) + jax.nn.log_sigmoid(-a))),
-    sample=lambda key, a, y: jax.lax.logistic(a) - jax.random.bernoulli(key, jax.lax.logistic(a)),
+    sample=lambda key, a, y: (
+        jax.lax.logistic(a) - jax.random.bernoulli(key, jax.lax.logistic(a)).astype(a.dtype)
+    ),
 )
 """Cross-entropy of sigmoid(a) with the target, from logits, summed over outputs.
 

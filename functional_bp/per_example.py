@@ -235,7 +235,7 @@ def _norms(squared: Tree, per: str, costs: Array) -> Tree:
 
     def norm(below: Tree) -> Tree:
         leaves = jax.tree.leaves(below)
-        return _root(sum(leaves, jnp.zeros_like(costs))) if leaves else below
+        return _root(sum(leaves[1:], leaves[0])) if leaves else below
 
     if per == "layer":
         return jax.tree.map(norm, squared, is_leaf=lambda node: isinstance(node, dict))

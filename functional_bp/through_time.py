@@ -452,6 +452,7 @@ class _ThroughTime:
         """Where a block's steps are valid, and where δ passes to the step before them; both
         ``(t, 1, n or 1)``, or None for everywhere."""
         length, steps = inputs.get("length"), inputs["x"].shape[1]
+        length = None if length is None else length[None, None, :]
         padding = 0 if length is None or not self.reverse else steps - length
         step = start + jnp.arange(size)[:, None, None] - padding  # as each example counts them
         valid = None if length is None else (step >= 0) & (step < length)
@@ -462,7 +463,7 @@ class _ThroughTime:
         """Where the steps are valid, ``(n, t, 1)``, or None for everywhere."""
         if "length" not in inputs:
             return None
-        return (jnp.arange(inputs["x"].shape[1]) < inputs["length"][:, None])[..., None]
+        return (jnp.arange(inputs["x"].shape[1])[None] < inputs["length"][:, None])[..., None]
 
     def _initial_state(self, params: Tree, inputs: Tree) -> State:
         """Every part ``(h, n)``, as the final state and ∂C/∂(final state) are."""

@@ -1,5 +1,6 @@
 """Every layer against two oracles: autodiff of its textbook form, and central differences."""
 
+import functools
 import inspect
 import runpy
 import typing
@@ -10,7 +11,7 @@ import layers
 import numpy as np
 import pytest
 from jax.extend.core import jaxprs_in_params
-from layers import COMBINED, LAYERS, RANDOM, RULES
+from layers import COMBINED, LAYERS, LOSSES, RANDOM, RULES
 
 import functional_bp as bp
 from functional_bp import contractions
@@ -150,6 +151,59 @@ def test_sums_of_bfloat16_run_in_float32(name):
 
 
 # ---- what is in the lists ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", LAYERS | RANDOM)
+def test_no_rule_promotes_a_dtype_or_a_rank(name):
+    """So that it works where a user has JAX refuse both."""
+    layer, x = (LAYERS | RANDOM)[name]
+    params = layer.init(KEY, x)
+    xs = jax.tree.map(lambda leaf: jnp.zeros((3, *np.shape(leaf)), leaf_dtype(leaf)), x)
+    key = KEY if name in RANDOM else None
+
+    def there_and_back(params, xs, contract):
+        y, residuals = layer.batched.forward(params, xs, key)
+        dy = jax.tree.map(lambda leaf: leaf if is_float(leaf) else None, y)
+        return layer.batched.backward(params, residuals, dy, contract)
+
+    asked = ("total", "each", "squared_norm", "squared_norms", "gram", "second_moment")
+    contracts = [getattr(contractions, name) for name in asked]
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        for contract in (*contracts, jax.tree.map(contractions.Dot, params)):
+            jax.eval_shape(there_and_back, params, xs, contract)
+
+
+def leaf_dtype(leaf):
+    return jax.dtypes.canonicalize_dtype(getattr(leaf, "dtype", np.asarray(leaf).dtype))
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_no_quantity_promotes_a_dtype_or_a_rank(name):
+    loss, y = LOSSES[name]
+    model = bp.chain(bp.dense(4), bp.tanh, bp.repeat(bp.dense(4), 2))
+    x = jnp.ones((3, 4))
+    params = model.init(KEY, x[0])
+    asked = {
+        "by hand": bp.value_and_grad(model, loss),
+        "by autodiff": bp.value_and_grad(model, loss, method="autodiff"),
+        "in microbatches": bp.value_and_grad(model, loss, microbatch=2),
+        "clipped": bp.clipped_grad(model, loss, 1.0, has_aux=True),
+        "clipped by layer": bp.clipped_grad(model, loss, 1.0, per="layer"),
+        "variance": bp.grad_variance(model, loss),
+        "noise scale": bp.grad_noise_scale(model, loss),
+        "Gram": bp.grad_gram(model, loss),
+        "deltas": bp.deltas(model, loss),
+        "Kronecker": bp.kronecker_factors(model, loss, shared="reduce"),
+    }
+    along = {"dots": bp.grad_dots, "Hessian": bp.hvp, "Gauss–Newton": bp.ggnvp}
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        for quantity in asked.values():
+            jax.eval_shape(quantity, params, x, jnp.asarray(y))
+        for quantity in along.values():
+            jax.eval_shape(quantity(model, loss), params, x, jnp.asarray(y), params)
+        if loss.sample is not None:
+            diagonal = functools.partial(bp.ggn_diagonal(model, loss, samples=2), key=KEY)
+            jax.eval_shape(diagonal, params, x, jnp.asarray(y))
 
 
 def makers(module, kind):

@@ -1,0 +1,131 @@
+"""A batch that is split among eight devices: the same numbers, and nothing is gathered.
+
+On meshes of both kinds: those whose axes the compiler splits by, and those of explicit axes, which
+``jax.make_mesh`` makes by default. The devices are the host's, so this runs in a process of its
+own, which ``python test_meshes.py`` is.
+"""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+DEVICES = 8
+
+
+def test_every_quantity_of_a_split_batch():
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={DEVICES}"
+    run = subprocess.run(
+        [sys.executable, Path(__file__).name],
+        cwd=Path(__file__).parent,
+        env=os.environ | {"XLA_FLAGS": flags, "JAX_ENABLE_X64": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
+def model():
+    """Look-ups, recurrence in three blocks of time, a stack, positions."""
+    import functional_bp as bp
+
+    return bp.chain(
+        bp.embedding(20, 8, dtype="float64"),
+        bp.lstm(8, checkpoint=8),
+        bp.residual(bp.repeat(bp.chain(bp.dense(8), bp.relu), 2)),
+        bp.dense(5),
+    )
+
+
+def quantities(model, loss):
+    import jax
+
+    import functional_bp as bp
+
+    def along(quantity):
+        return lambda params, x, y: quantity(params, x, y, params)
+
+    some = {"microbatch": 2 * DEVICES}
+    return {
+        "value_and_grad": bp.value_and_grad(model, loss),
+        "value_and_grad, microbatches": bp.value_and_grad(model, loss, **some),
+        "autodiff": bp.value_and_grad(model, loss, method="autodiff"),
+        "deltas": bp.deltas(model, loss),
+        "each": bp.per_example_grads(model, loss),
+        "norms": bp.per_example_grad_norms(model, loss),
+        "norms, microbatches": bp.per_example_grad_norms(model, loss, **some),
+        "clipped": bp.clipped_grad(model, loss, 0.1, has_aux=True),
+        "clipped, one recursion": bp.clipped_grad(model, loss, 0.1, recursions=1, per="layer"),
+        "second moment": bp.grad_second_moment(model, loss),
+        "variance": bp.grad_variance(model, loss, **some),
+        "noise scale": bp.grad_noise_scale(model, loss),
+        "diversity": bp.grad_diversity(model, loss),
+        "Gram": bp.grad_gram(model, loss),
+        "dots": along(bp.grad_dots(model, loss)),
+        "Hessian": along(bp.hvp(model, loss)),
+        "Gauss–Newton": along(bp.ggnvp(model, loss)),
+        "diagonal": lambda params, x, y: bp.ggn_diagonal(model, loss, samples=1)(
+            params, x, y, key=jax.random.key(0)
+        ),
+        "Kronecker": bp.kronecker_factors(model, loss),
+        "outputs": lambda params, x, y: model.apply(params, x),
+    }
+
+
+GATHERS = {"Gram"}  # every pair of examples meets
+
+
+def main():
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    import optax
+    from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+    import functional_bp as bp
+
+    def splits(kind):
+        mesh = jax.make_mesh((DEVICES,), ("examples",), axis_types=(kind,))
+        return (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ("examples",)))
+
+    def check_equal(what, found, wanted):
+        for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+            error = np.abs(np.asarray(ours) - np.asarray(theirs)).max()
+            assert error <= 1e-11 * np.abs(np.asarray(theirs)).max(), f"{what}: {error}"
+
+    net, loss = model(), bp.losses.softmax_cross_entropy
+    n, steps = 4 * DEVICES, 24
+    x = jnp.arange(n * steps).reshape(n, steps) ** 2 % 19
+    y = x % 5
+    params = jax.jit(net.init)(jax.random.key(0), x[0])
+    for name, quantity in quantities(net, loss).items():
+        wanted = jax.jit(quantity)(params, x, y)
+        for kind in (AxisType.Auto, AxisType.Explicit):
+            whole, split = splits(kind)
+            there = jax.device_put(params, whole), *jax.device_put((x, y), split)
+            compiled = jax.jit(quantity).lower(*there).compile()
+            gathered = re.findall(r"= (\S+) all-(?:gather|to-all)", compiled.as_text())
+            assert not gathered or name in GATHERS, f"{name} on {kind} gathers {gathered}"
+            found = compiled(*there)
+            check_equal(f"{name} on {kind}", found, wanted)
+            if name == "value_and_grad":
+                assert all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(found))
+            if name == "norms":
+                assert found.sharding.is_equivalent_to(split, 1)
+
+    net = bp.chain(bp.dense(8), bp.tanh, bp.dense(5))
+    x, y = jnp.sin(jnp.arange(n * 6.0)).reshape(n, 6), y[:, 0]
+    params = net.init(jax.random.key(0), x[0])
+    whole, split = splits(AxisType.Explicit)
+    start, batch = jax.device_put(params, whole), jax.device_put((x, y), split)
+    gradient = bp.grad(net, loss)
+    check_equal("outside jit", gradient(start, *batch), gradient(params, x, y))
+    how = {"optimizer": optax.adam(0.1), "epochs": 5}
+    run = bp.fit(net, loss, start, [batch], **how, evaluation=[batch])
+    alone = bp.fit(net, loss, params, [(x, y)], **how, evaluation=[(x, y)])
+    check_equal("fit", vars(run.history), vars(alone.history))
+
+
+if __name__ == "__main__":
+    main()
