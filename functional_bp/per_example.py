@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -235,7 +236,7 @@ def _norms(squared: Tree, per: str, costs: Array) -> Tree:
 
     def norm(below: Tree) -> Tree:
         leaves = jax.tree.leaves(below)
-        return _root(sum(leaves[1:], leaves[0])) if leaves else below
+        return _root(functools.reduce(jnp.add, leaves)) if leaves else below
 
     if per == "layer":
         return jax.tree.map(norm, squared, is_leaf=lambda node: isinstance(node, dict))
@@ -253,10 +254,13 @@ def _clipping_weights(norms: Tree, max_norm: float, weights: Array) -> Tree:
     """wₙ min(1, c / ‖gₙ‖) for each group, c = max_norm / √K."""
     groups = sum(math.prod(norm.shape[:-1]) for norm in jax.tree.leaves(norms))
     bound = max_norm / math.sqrt(groups)
+
     # c / max(c, ‖gₙ‖) is exact at ‖gₙ‖ = 0; where a norm is not finite the weight is 0 already.
-    return jax.tree.map(
-        lambda norm: jnp.where(weights == 0, 0, weights * bound / jnp.maximum(bound, norm)), norms
-    )
+    def of_group(norm: Array) -> Array:
+        w = jnp.broadcast_to(weights, norm.shape)
+        return jnp.where(w == 0, 0, w * bound / jnp.maximum(bound, norm))
+
+    return jax.tree.map(of_group, norms)
 
 
 def _replaced(finite: Array, leaf: Array) -> Array:

@@ -249,15 +249,21 @@ def test_norms_are_right_wherever_float32_can_hold_them(dtype):
     x, y = jnp.full((4, 1, 5), 300, dtype), jnp.zeros((4, 1), int)
     params = {"weight": jnp.zeros((3, 5), dtype), "bias": jnp.zeros(3, dtype)}
     for x_, y_ in ((x[:, 0], y[:, 0]), (x, y), (jnp.tile(x, (1, 9, 1)), jnp.tile(y, (1, 9)))):
-        norms = bp.per_example_grad_norms(model, loss)(params, x_, y_)
+        v = jax.tree.map(jnp.ones_like, params)
+        norms, (g, seen), dots, grams = compiled(
+            lambda *data, v=v: (
+                bp.per_example_grad_norms(model, loss)(*data),
+                bp.clipped_grad(model, loss, 1.0, has_aux=True)(*data),
+                bp.grad_dots(model, loss)(*data, v),
+                bp.grad_gram(model, loss)(*data),
+            ),
+            *(params, x_, y_),
+        )
         wanted = np.sqrt((1 + 5 * 300**2) * 2 / 3)
         np.testing.assert_allclose(norms, wanted, rtol=LOW[dtype])
-        (g, seen) = bp.clipped_grad(model, loss, 1.0, has_aux=True)(params, x_, y_)
         np.testing.assert_allclose(seen.norms, wanted, rtol=LOW[dtype])
         np.testing.assert_allclose(norm_of(jax.tree.map(jnp.float32, g)), 1, rtol=4 * LOW[dtype])
-        dots = bp.grad_dots(model, loss)(params, x_, y_, jax.tree.map(jnp.ones_like, params))
         np.testing.assert_allclose(dots, 0, atol=LOW[dtype] * wanted)
-        grams = bp.grad_gram(model, loss)(params, x_, y_)
         np.testing.assert_allclose(grams, wanted**2, rtol=2 * LOW[dtype])
 
 
