@@ -236,3 +236,22 @@ def test_what_is_not_a_layer_or_a_loss_is_named():
     for layer in (lambda: bp.dense(2.5), lambda: bp.repeat(model, 2.0)):
         with pytest.raises(bp.ModelError, match="takes a whole number from 1"):
             layer()
+
+
+@pytest.mark.parametrize(
+    "around",
+    [
+        lambda layer: bp.chain(layer),
+        lambda layer: bp.parallel(bp.relu, layer),
+        lambda layer: bp.residual(layer),
+        lambda layer: bp.repeat(layer, 2),
+        lambda layer: bp.tied(layer, {}),
+        lambda layer: bp.at("x", layer),
+        lambda layer: bp.bidirectional(layer, layer),
+        lambda layer: bp.bidirectional(bp.lstm(2), layer),
+    ],
+)
+def test_what_is_built_around_a_layer_that_mixes_examples_mixes_them(around):
+    mixing = dataclasses.replace(bp.lstm(2), mixes_examples=True)
+    assert around(mixing).mixes_examples
+    assert not around(bp.lstm(2)).mixes_examples
