@@ -149,6 +149,12 @@ def weights_of(n: int, value: Any) -> Any:
     return value
 
 
+def abstract(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+    """A shape and dtype as JAX takes them: without x64, int64 is int32."""
+    dtype = jax.dtypes.canonicalize_dtype(dtype, allow_extended_dtype=True)
+    return jax.ShapeDtypeStruct(shape, dtype)  # type: ignore[no-untyped-call]
+
+
 def is_traced(value: Any) -> bool:
     """Whether a value is not known while a function is traced."""
     return isinstance(value, jax.core.Tracer)

@@ -24,7 +24,7 @@ from typing import Any
 import jax
 from jax import Array
 
-from .checks import ModelError, described, flag, function, random_key, text, told
+from .checks import ModelError, abstract, described, flag, function, random_key, text, told
 from .contractions import contract_factors, keep
 from .factors import Factored
 from .meshes import by_examples, on_mesh
@@ -286,10 +286,7 @@ def batch_size(x: Tree) -> int:
 def one_of(x: Tree) -> Tree:
     """The shapes and dtypes of one example of a batch."""
     batch_size(x)
-    return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype),  # type: ignore[no-untyped-call]
-        x,
-    )
+    return jax.tree.map(lambda leaf: abstract(leaf.shape[1:], leaf.dtype), x)
 
 
 def textbook(layer: Layer) -> Layer:

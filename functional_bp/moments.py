@@ -186,6 +186,8 @@ def grad_gram(model: Layer, loss: Loss, *, microbatch: int | None = None) -> Cal
     """The inner products ⟨gₙ, gₘ⟩ of all pairs of examples, of a batch or of two.
 
     For a dense layer ⟨δₙ aₙᵀ, δₘ aₘᵀ⟩ = (δₙ·δₘ)(aₙ·aₘ): two small Gram matrices.
+    Every pair of examples meets: where a batch is split among devices, each of them is brought the
+    δ and a of all examples. (No other quantity needs that.)
 
     Args:
       microbatch: examples at a time; None for all at once. The factors of each pair of

@@ -19,6 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, Var
 
+from .checks import abstract
+
 Tree = Any
 
 
@@ -29,7 +31,7 @@ def program_of(function: Callable[..., Tree], *args: Tree) -> tuple[str, Tree]:
     Constants belong to the program. Where arrays lie does not. Another version of JAX may trace
     another program for the same function.
     """
-    shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), args)  # type: ignore[no-untyped-call]
+    shapes = jax.tree.map(lambda a: abstract(a.shape, a.dtype), args)
     jaxpr, results = jax.make_jaxpr(function, return_shape=True)(*shapes)
     return _digest(_jaxpr(jaxpr)), results
 

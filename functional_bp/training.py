@@ -22,6 +22,7 @@ from .batches import Batch, Batches, Padded, each_epoch, with_first
 from .checkpoint import Checkpoints, Position
 from .checks import (
     ModelError,
+    abstract,
     arrays_of,
     flag,
     function,
@@ -489,7 +490,7 @@ def _history(arrays: dict[str, np.ndarray]) -> History:
 
 def _two_of(leaf: Array) -> jax.ShapeDtypeStruct:
     """The shape of a batch's array, were it of two examples."""
-    return jax.ShapeDtypeStruct((2, *leaf.shape[1:]), leaf.dtype)  # type: ignore[no-untyped-call]
+    return abstract((2, *leaf.shape[1:]), leaf.dtype)
 
 
 def _copied(tree: Tree) -> Tree:
