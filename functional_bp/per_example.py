@@ -152,8 +152,8 @@ def clipped_grad(
       not given; an example of weight 0 adds nothing and never changes the divisor. Adding or
       removing an example of weight w changes g by at most w · max_norm / normalize_by, where
       ``normalize_by`` is given: the number of rows, which stands in for it, is another then.
-      An example whose gradient is not finite, or whose squared norm overflows, adds nothing; g is
-      0 where no example is left, or where what is left does not sum to finite numbers.
+      An example whose gradient is not finite, or whose squared norm overflows, adds nothing. g is
+      0 where no example is left, and wherever even what is left sums to no finite number.
 
     Raises:
       ValueError: if ``max_norm`` or ``normalize_by`` is not above 0, and for an unknown ``per``
@@ -214,8 +214,7 @@ def clipped_grad(
             def without(state: tuple[Tree, Array]) -> tuple[Tree, Array]:
                 x_, y_ = jax.tree.map(lambda leaf: _replaced(finite, leaf), (x, y))
                 again, _, _ = clipped(params, x_, y_, counted, key)
-                right = finite.any() & _no_nan_or_inf(again)
-                return jax.tree.map(lambda s: jnp.where(right, s, 0), again), jnp.array(True)
+                return jax.tree.map(functools.partial(_finite_sum, finite), again), jnp.array(True)
 
             sums, _ = lax.while_loop(lambda s: ~s[1], without, (sums, finite.all()))
             return (*sums, counted.sum()), _batch_first(norms)
@@ -275,8 +274,10 @@ def _replaced(finite: Array, leaf: Array) -> Array:
     return jnp.where(mask, leaf, stand_in)
 
 
-def _no_nan_or_inf(tree: Tree) -> Array:
-    return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]).all()
+def _finite_sum(finite: Array, sums: Array) -> Array:
+    """The sums over the finite examples; 0 if there is none, and where one is not finite even so.
+    (Number by number: a check of all together would hold all until it is done.)"""
+    return jnp.where(finite.any() & jnp.isfinite(sums), sums, 0)
 
 
 def _with_weights(scales: Tree, squared: Tree) -> Tree:
