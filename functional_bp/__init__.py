@@ -1,62 +1,93 @@
-"""Hand-written backpropagation in JAX: the δ recursion, with gradients kept factored."""
+"""Hand-written backpropagation in JAX: the δ recursion, with gradients kept factored.
+
+To read the package, begin with ``layers/dense.py`` and ``layers/activations.py``, where BP2, BP3
+and BP4 are a line each; ``losses/`` has BP1. ``layers/chains.py`` runs the recursion from layer to
+layer, ``recursion.py`` from the cost. Then bottom up:
+
+    factors/        what a gradient is before anyone multiplies it out: δ and a
+    contractions    what is asked of it
+    layer, rules    what a layer is, and how a rule for one example becomes one
+    losses/         the last layer
+    layers/         one file for each family of rules; combinators; recurrence/
+    recursion       a model with its loss, forward and back
+    quantity        what every quantity shares
+    quantities/     gradients, per-example quantities, moments, inner products, curvature
+    training/       the loop, batches, history, checkpoints, files of parameters, K-FAC
+    testing/        proofs of one's own rules; nothing imports it
+
+Imports go one way, from the bottom of this list upwards.
+"""
+
+from importlib.metadata import PackageNotFoundError, version
 
 from . import contractions, factors, losses, testing
-from .activations import (
+from .checks import ModelError
+from .docstrings import Equations
+from .freezing import merged, trainable
+from .layer import Layer
+from .layers.activations import (
     activation,
     elu,
-    gated,
-    geglu,
     gelu,
     gelu_tanh,
-    glu,
     hard_tanh,
     identity,
     leaky_relu,
     log_softmax,
     mish,
-    reglu,
     relu,
     selu,
     sigmoid,
     silu,
     softmax,
     softplus,
-    swiglu,
     tanh,
 )
-from .batches import minibatches
-from .checkpoint import delete_checkpoints
-from .checks import ModelError
-from .combinators import chain, parallel, repeat, residual, tied
-from .curvature import Kronecker, ggn_diagonal, ggnvp, hvp, kronecker_factors
-from .dense import dense
-from .dropout import dropout
-from .embedding import embedding
-from .freezing import merged, trainable
-from .gradients import deltas, grad, value_and_grad
-from .joins import add, concatenate, multiply
-from .kfac import kfac
-from .layer import Layer, rule
-from .moments import (
-    empirical_ntk,
+from .layers.chains import chain, parallel, residual
+from .layers.dense import dense
+from .layers.dropout import dropout
+from .layers.embedding import embedding
+from .layers.entries import at, entry
+from .layers.gates import gated, geglu, glu, reglu, swiglu
+from .layers.joins import add, concatenate, multiply
+from .layers.norms import batch_norm, group_norm, instance_norm, layer_norm, rms_norm
+from .layers.recurrence.bidirectional import bidirectional
+from .layers.recurrence.cell import Cell
+from .layers.recurrence.cells import gru, lstm, rnn
+from .layers.recurrence.through_time import through_time
+from .layers.shapes import flatten
+from .layers.stack import repeat
+from .layers.tying import tied
+from .quantities.clipping import clipped_grad
+from .quantities.curvature import Kronecker, ggn_diagonal, ggnvp, hvp, kronecker_factors
+from .quantities.gradients import deltas, grad, value_and_grad
+from .quantities.inner_products import empirical_ntk, grad_dots, grad_gram
+from .quantities.moments import (
     grad_diversity,
-    grad_dots,
-    grad_gram,
     grad_noise_scale,
     grad_second_moment,
     grad_variance,
 )
-from .per_example import clipped_grad, per_example_grad_norms, per_example_grads
-from .recurrent import bidirectional, gru, lstm, rnn
-from .shapes import flatten
+from .quantities.per_example import per_example_grad_norms, per_example_grads
+from .recursion import init
+from .rules import rule
 from .summary import summary
-from .tensors import load_params, save_params
-from .through_time import Cell, through_time
-from .training import History, Run, evaluate, fit
-from .trees import at, entry
+from .training.batches import minibatches
+from .training.checkpoints import delete_checkpoints
+from .training.evaluation import evaluate
+from .training.fit import fit
+from .training.history import History, Run
+from .training.kfac import kfac
+from .training.parameter_files import load_params, save_params
+
+try:
+    __version__ = version("functional_bp")
+except PackageNotFoundError:  # a folder that was not installed
+    __version__ = "0"
 
 __all__ = [
     "Cell",
+    "Equations",
     "History",
     "Kronecker",
     "Layer",
@@ -65,6 +96,7 @@ __all__ = [
     "activation",
     "add",
     "at",
+    "batch_norm",
     "bidirectional",
     "chain",
     "clipped_grad",
@@ -96,12 +128,16 @@ __all__ = [
     "grad_noise_scale",
     "grad_second_moment",
     "grad_variance",
+    "group_norm",
     "gru",
     "hard_tanh",
     "hvp",
     "identity",
+    "init",
+    "instance_norm",
     "kfac",
     "kronecker_factors",
+    "layer_norm",
     "leaky_relu",
     "load_params",
     "log_softmax",
@@ -118,6 +154,7 @@ __all__ = [
     "relu",
     "repeat",
     "residual",
+    "rms_norm",
     "rnn",
     "rule",
     "save_params",

@@ -4,9 +4,18 @@ The δ recursion hands each parameter's factors to that parameter's contraction 
 are known, and keeps only what it returns. A tree of contractions has the shape of the
 parameters, or is a prefix of it: a single contraction asks the same of every parameter below.
 
-A contraction says three things: what it takes from one parameter's factors (``__call__``), how
-the results of a stack of layers join (``join``), and whether the results of two uses of the same
-parameter may simply be added (``additive``: totals may, norms may not).
+    total                       Σₙ gₙ
+    weighted(w)                 Σₙ wₙ gₙ, with weights of this parameter's own
+    each                        gₙ, one gradient per example
+    squared_norm                ‖gₙ‖²
+    squared_norms               ‖gₙ‖² for each layer of a stack apart, the layers first
+    gram                        ⟨gₙ, gₘ⟩ for every pair of examples
+    second_moment               the mean over n of gₙ², element by element
+    dot(v)                      ⟨gₙ, v⟩ for one parameter's v
+    second_order(w, of, shared) one Kronecker factor of Σₙ wₙ gₙ gₙᵀ
+    keep                        the factors themselves, for a second look
+    drop                        nothing: the parameter is frozen, its gradient never computed
+    each_delta                  asked of layers, not of parameters: the δ of each one's output
 """
 
 from __future__ import annotations
@@ -14,200 +23,135 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from .factors import Factored, Outer, Stacked, Sum
+from .factors import Factored, Itself, Outer, Stacked, Sum
 
 Tree = Any
 
 
-class Contraction:
-    """What is asked of one parameter's factored gradient."""
+def _layers_first(results: Tree) -> Tree:
+    return results
 
-    additive: ClassVar[bool] = False
+
+def _layers_summed(results: Array) -> Array:
+    return results.sum(0)
+
+
+def _examples_first(results: Array) -> Array:
+    return jnp.moveaxis(results, 0, 1)
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["given"],
+    meta_fields=["asks", "join", "additive", "by_layer", "of_layers"],
+)
+@dataclass(frozen=True, eq=False)
+class Contraction:
+    """What is asked of one parameter's factored gradient.
+
+    Attributes:
+      asks: ``(factor, *given) -> result``, for one parameter.
+      given: arrays that ``asks`` takes besides; in a stack they are split among the layers.
+      join: the result for a stack of layers, from theirs with the layers on a new first axis.
+      additive: the results of two uses of a parameter may be added: totals may, norms may not.
+      by_layer: factors that were kept from a stack are asked layer by layer.
+      of_layers: it is asked of each layer's δ, the gradient of a bias that nobody added (BP3).
+    """
+
+    asks: Callable[..., Any]
+    given: tuple[Array, ...] = ()
+    join: Callable[[Any], Any] = _layers_first
+    additive: bool = False
+    by_layer: bool = False
+    of_layers: bool = False
 
     def __call__(self, factor: Factored) -> Any:
         """The result for one parameter."""
-        raise NotImplementedError
-
-    def join(self, results: Any) -> Any:
-        """The result for a stack of layers, from theirs with the layers on a new first axis."""
-        return results
+        if self.by_layer:
+            return _by_layer(self.asks, factor, *self.given)
+        return self.asks(factor, *self.given)
 
     def __getitem__(self, key: Any) -> Contraction:
         """Asked of a whole tree, a contraction is asked of every part of it."""
         return self
 
-
-_contraction = functools.partial(jax.tree_util.register_dataclass, data_fields=[], meta_fields=[])
-
-
-@_contraction
-@dataclass(frozen=True)
-class Total(Contraction):
-    """Σₙ gₙ."""
-
-    additive = True
-
-    def __call__(self, factor: Factored) -> Array:
-        return factor.total()
+    @property
+    def adds_examples(self) -> bool:
+        """Whether to it examples are as good as positions: it asks for their total, or nothing."""
+        return self.asks in (total.asks, drop.asks)
 
 
-@_contraction
-@dataclass(frozen=True)
-class Each(Contraction):
-    """gₙ, one gradient per example."""
-
-    additive = True
-
-    def __call__(self, factor: Factored) -> Array:
-        return factor.each()
-
-    def join(self, results: Array) -> Array:
-        return jnp.moveaxis(results, 0, 1)
-
-
-@_contraction
-@dataclass(frozen=True)
-class SquaredNorm(Contraction):
-    """‖gₙ‖²."""
-
-    def __call__(self, factor: Factored) -> Array:
-        return factor.squared_norm()
-
-    def join(self, results: Array) -> Array:
-        return results.sum(0)
-
-
-@_contraction
-@dataclass(frozen=True)
-class SquaredNorms(Contraction):
-    """‖gₙ‖² for each layer of a stack apart, the layers first."""
-
-    def __call__(self, factor: Factored) -> Array:
-        return _by_layer(lambda f: f.squared_norm(), factor)
-
-
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["weights"], meta_fields=[])
-@dataclass(frozen=True)
-class Weighted(Contraction):
-    """Σₙ wₙ gₙ with weights of this parameter's own; in a stack, split among the layers."""
-
-    weights: Array
-
-    additive = True
-
-    def __call__(self, factor: Factored) -> Array:
-        return _by_layer(lambda f, w: f.scaled(w).total(), factor, self.weights)
-
-
-def _by_layer(function: Callable[..., Any], factor: Factored, *args: Array) -> Any:
-    """``function`` of the factors, for each layer apart where they are a stack's."""
+def _by_layer(asks: Callable[..., Any], factor: Factored, *given: Array) -> Any:
+    """``asks`` of the factors, for each layer apart where they are a stack's."""
     if isinstance(factor, Stacked):
-        return lax.map(lambda each: _by_layer(function, *each), (factor.layers, *args))
+        return lax.map(lambda each: _by_layer(asks, *each), (factor.layers, *given))
     if isinstance(factor, Sum) and isinstance(factor.parts[0], Stacked):
         uses = Sum(tuple(f.layers for f in factor.parts if isinstance(f, Stacked)))
-        return _by_layer(function, Stacked(uses), *args)
-    return function(factor, *args)
+        return _by_layer(asks, Stacked(uses), *given)
+    return asks(factor, *given)
 
 
-@_contraction
-@dataclass(frozen=True)
-class Gram(Contraction):
-    """⟨gₙ, gₘ⟩ for every pair of examples."""
-
-    def __call__(self, factor: Factored) -> Array:
-        return factor.gram(factor)
-
-    def join(self, results: Array) -> Array:
-        return results.sum(0)
-
-
-@_contraction
-@dataclass(frozen=True)
-class SecondMoment(Contraction):
-    """Mean over n of gₙ², element by element."""
-
-    def __call__(self, factor: Factored) -> Array:
-        return _by_layer(lambda f: f.second_moment(), factor)
+total = Contraction(lambda f: f.total(), additive=True)
+each = Contraction(lambda f: f.each(), join=_examples_first, additive=True)
+squared_norm = Contraction(lambda f: f.squared_norm(), join=_layers_summed)
+squared_norms = Contraction(lambda f: f.squared_norm(), by_layer=True)
+gram = Contraction(lambda f: f.gram(f), join=_layers_summed)
+second_moment = Contraction(lambda f: f.second_moment(), by_layer=True)
+keep = Contraction(lambda f: f, join=Stacked)
+drop = Contraction(lambda f: None, additive=True)
+each_delta = Contraction(lambda f: f.each(), join=_examples_first, of_layers=True)
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["weights"], meta_fields=["of", "shared"]
-)
-@dataclass(frozen=True)
-class SecondOrder(Contraction):
-    """One Kronecker factor of Σₙ wₙ gₙ gₙᵀ: ``of`` the input, A ≈ Σₙ wₙ aₙ aₙᵀ, or ``of`` the
-    output, G ≈ Σₙ wₙ δₙ δₙᵀ. ``shared``: how positions come in, ``"expand"`` or ``"reduce"``."""
+def dot(v: Array) -> Contraction:
+    """⟨gₙ, v⟩ for one parameter's ``v``."""
+    return Contraction(_dot, (v,), join=_layers_summed, additive=True)
 
-    weights: Array
-    of: str
-    shared: str
 
-    def __call__(self, factor: Factored) -> Array | None:
-        return _by_layer(self._of_one, factor, self.weights)
+def _dot(factor: Factored, v: Array) -> Array:
+    return factor.dot(v)
 
-    def _of_one(self, factor: Factored, weights: Array) -> Array | None:
+
+def weighted(weights: Array) -> Contraction:
+    """Σₙ wₙ gₙ with weights of this parameter's own, ``(*layers of a stack, n)``."""
+    return Contraction(_weighted_total, (weights,), additive=True, by_layer=True)
+
+
+def _weighted_total(factor: Factored, weights: Array) -> Array:
+    return factor.scaled(weights).total()
+
+
+@functools.cache
+def _second_order(of: str, shared: str) -> Callable[[Factored, Array], Array | None]:
+    def asks(factor: Factored, weights: Array) -> Array | None:
         f = factor.as_outer()
         if f is None:
             return None
-        vectors = f.v if self.of == "input" else f.u
-        if self.shared == "reduce":
+        vectors = f.v if of == "input" else f.u
+        if shared == "reduce":
             vectors = vectors.sum(1, keepdims=True)
-            weights = weights / f.v.shape[1] ** 2 if self.of == "input" else weights
-        elif self.of == "input":
+            weights = weights / f.v.shape[1] ** 2 if of == "input" else weights
+        elif of == "input":
             weights = weights / f.v.shape[1]
         return Outer(vectors, vectors).scaled(weights).total()
 
-
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["v"], meta_fields=[])
-@dataclass(frozen=True)
-class Dot(Contraction):
-    """⟨gₙ, v⟩ for one parameter's ``v``. In a stack, ``v`` is split among the layers."""
-
-    v: Array
-
-    additive = True
-
-    def __call__(self, factor: Factored) -> Array:
-        return factor.dot(self.v)
-
-    def join(self, results: Array) -> Array:
-        return results.sum(0)
+    return asks
 
 
-@_contraction
-@dataclass(frozen=True)
-class Keep(Contraction):
-    """The factors themselves, for a second look."""
-
-    def __call__(self, factor: Factored) -> Factored:
-        return factor
-
-    def join(self, results: Factored) -> Stacked:
-        return Stacked(results)
+def second_order(weights: Array, of: str, shared: str) -> Contraction:
+    """One Kronecker factor of Σₙ wₙ gₙ gₙᵀ: ``of`` the ``"input"``, A ≈ Σₙ wₙ aₙ aₙᵀ, or ``of`` the
+    ``"output"``, G ≈ Σₙ wₙ δₙ δₙᵀ. ``shared``: how positions come in, ``"expand"`` or
+    ``"reduce"``. Weights as those of ``weighted``; None where the gradient is no outer product."""
+    return Contraction(_second_order(of, shared), (weights,), by_layer=True)
 
 
-@_contraction
-@dataclass(frozen=True)
-class Drop(Contraction):
-    """Nothing: the parameter is frozen and its gradient is never computed."""
-
-    additive = True
-
-    def __call__(self, factor: Factored) -> None:
-        return None
-
-
-total, each, squared_norm, squared_norms = Total(), Each(), SquaredNorm(), SquaredNorms()
-gram, second_moment, keep, drop = Gram(), SecondMoment(), Keep(), Drop()
-
-
-def _is_contraction(node: Any) -> bool:
+def is_contraction(node: Any) -> bool:
+    """Whether a node of a tree is one contraction."""
     return isinstance(node, Contraction)
 
 
@@ -216,14 +160,36 @@ def is_factor(node: Any) -> bool:
     return isinstance(node, Factored)
 
 
+def broadcast(contract: Tree, params: Tree) -> Tree:
+    """A contraction for every parameter, from a prefix of that tree."""
+    return jax.tree.map(
+        lambda c, below: jax.tree.map(lambda _: c, below),
+        contract,
+        params,
+        is_leaf=is_contraction,
+    )
+
+
 def contract_factors(contract: Tree, factors: Tree) -> Tree:
     """Hands each factored gradient to its contraction."""
     return jax.tree.map(
         lambda c, below: jax.tree.map(c, below, is_leaf=is_factor),
         contract,
         factors,
-        is_leaf=_is_contraction,
+        is_leaf=is_contraction,
     )
+
+
+def asks_layers(contract: Tree) -> bool:
+    """Whether it is asked of layers, not of their parameters."""
+    return isinstance(contract, Contraction) and contract.of_layers
+
+
+def contract_layer(contract: Tree, delta: Tree, factors: Tree) -> Tree:
+    """What is asked of one layer that is no combination of others: of its factors, or of its δ."""
+    if asks_layers(contract):
+        return jax.tree.map(lambda d: contract(Itself(d)), delta)
+    return contract_factors(contract, factors)
 
 
 def join_results(contract: Tree, results: Tree) -> Tree:
@@ -232,5 +198,5 @@ def join_results(contract: Tree, results: Tree) -> Tree:
         lambda c, below: jax.tree.map(c.join, below, is_leaf=is_factor),
         contract,
         results,
-        is_leaf=_is_contraction,
+        is_leaf=is_contraction,
     )

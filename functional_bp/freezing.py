@@ -53,6 +53,11 @@ def trainable(params: Tree, frozen: Frozen) -> Tree:
 
     Raises:
       ModelError: where ``frozen`` does not fit the parameters.
+
+    Example:
+      >>> params = {"weight": jnp.ones((1, 1)), "bias": jnp.zeros(1)}
+      >>> bp.trainable(params, lambda path: path == ("bias",))["bias"] is None
+      True
     """
     arrays_of("params", params)
     return jax.tree.map(lambda flag, p: None if flag else p, frozen_leaves(params, frozen), params)
@@ -63,6 +68,10 @@ def merged(trained: Tree, params: Tree) -> Tree:
 
     Raises:
       ModelError: where ``trained`` is no such part of ``params``.
+
+    Example:
+      >>> bp.merged({"weight": 2, "bias": None}, {"weight": 1, "bias": 0})
+      {'bias': 0, 'weight': 2}
     """
 
     def either(t: Any, below: Tree) -> Tree:

@@ -1,22 +1,19 @@
-"""Layers: rules for one example, and their form over a batch.
+"""What a layer is: always over a batch, whatever it is made of.
 
-A *rule* is what a person writes: three pure functions on one example, with no batch axis.
+``rules`` makes layers of rules for one example; combinators make layers of layers. ``backward``
+takes a contraction for every parameter and returns what they make of the factors:
 
-    init(key, x)                        -> params           x: an example, or its ShapeDtypeStruct
-    forward(params, x, key=None)        -> (y, residuals)   residuals: exactly what backward reads
-    backward(params, residuals, dy)     -> (dx, factors)    one factored gradient per parameter
-
-A *layer* is a rule together with its form over a batch: ``vmap`` of the rule, unless it brings
-its own. Over a batch, ``backward`` also takes a contraction for every parameter and returns what
-they make of the factors:
-
-    batched.backward(params, residuals, dy, contract) -> (dx, results)
+    init(key, x)                                   -> params           x: ONE example
+    forward(params, x, key=None)                   -> (y, residuals)   x, y: batches
+    backward(params, residuals, dy, contract=keep) -> (dx, results)
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
+import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -25,8 +22,7 @@ import jax
 from jax import Array
 
 from .checks import ModelError, abstract, described, flag, function, random_key, text, told
-from .contractions import contract_factors, keep
-from .factors import Factored
+from .docstrings import Equations, composed, stated
 from .meshes import by_examples, on_mesh
 
 Tree = Any
@@ -44,56 +40,95 @@ def place(where: str) -> Iterator[None]:
         raise
 
 
+def placed(where: str, layer: Layer) -> Layer:
+    """The layer, with its place in the model in front of what its functions raise."""
+
+    def within(function: Callable[..., Tree] | None) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Tree:
+            with place(where):
+                return function(*args, **kwargs)  # type: ignore[misc]
+
+        return function if function in (None, not_renewed, none_is_state) else call
+
+    names = ("init", "forward", "backward", "reference", "renew", "is_state")
+    return dataclasses.replace(layer, **{name: within(getattr(layer, name)) for name in names})
+
+
+def none_is_state(params: Tree) -> Tree:
+    """``is_state`` of a layer without state."""
+    return jax.tree.map(lambda _: False, params)
+
+
+def not_renewed(params: Tree, residuals: Tree) -> Tree:
+    """``renew`` of a layer without state."""
+    return params
+
+
 @dataclass(frozen=True, eq=False)
 class Layer:
-    """A layer or a model: a rule with its form over a batch.
+    """A layer or a model, over a batch: inputs, outputs and residuals have the examples first.
+
+    ``dataclasses.replace(layer, backward=…)`` is a layer with another backward. Who replaces
+    ``forward`` replaces ``reference`` and ``in_inference`` with it, where the layer has them.
 
     Attributes:
       name: how errors and summaries call it, such as ``dense(256)``.
-      init: ``(key, x) -> params``; ``x`` is one example's input or its ``ShapeDtypeStruct``.
-      forward: ``(params, x, key=None) -> (y, residuals)``, of one example.
-      backward: ``(params, residuals, dy, contract=keep) -> (dx, results)``, of one example; without
-        a contraction it returns the factored gradients themselves.
-      apply: ``(params, x, key=None) -> y``, over a batch: what one calls to predict.
-      batched: the layer whose ``forward`` and ``backward`` are over a batch.
+      init: ``(key, x) -> params``; ``x`` is ONE example's input or its ``ShapeDtypeStruct``.
+      forward: ``(params, x, key=None) -> (y, residuals)``.
+      backward: ``(params, residuals, dy, contract=keep) -> (dx, results)``; without a contraction
+        the results are the factored gradients.
       reference: ``(params, x, key=None) -> y``, the textbook formula, where ``forward`` is not
         what one would write for autodiff; what autodiff and the proofs differentiate.
-      probe: ``(params, residuals, dy) -> (dx, δ)``, of a batched form, where the δ that
-        ``bp.deltas`` shows is more than dy (through time it is that of the states).
+      renew: ``(params, residuals) -> params``, with the state as it is after this batch.
+      is_state: ``params -> tree of bools``, split as the parameters are: which leaves are state,
+        such as running averages. They have no gradient; ``bp.trainable`` leaves them out.
+      in_inference: the layer as it is at inference, where that is another.
+      mirrored: for a recurrent layer, ``() -> `` the same one from the sequence's other end.
       parts, rebuild: for a combinator, its layers and the function that makes it from others.
       mixes_examples: the output of one example depends on the others of its batch.
+      equations, doc: what ``help`` shows.
+
+    Example:
+      >>> layer = bp.dense(2)
+      >>> params = layer.init(jax.random.key(0), jnp.ones(3))
+      >>> layer.apply(params, jnp.ones((5, 3))).shape
+      (5, 2)
     """
 
     name: str
     init: Callable[..., Tree]
     forward: Callable[..., tuple[Tree, Tree]]
     backward: Callable[..., tuple[Tree, Tree]]
-    lift: Callable[[], Layer] | None = None
     reference: Callable[..., Tree] | None = None
-    probe: Callable[..., tuple[Tree, Tree]] | None = None
+    renew: Callable[[Tree, Tree], Tree] = not_renewed
+    is_state: Callable[[Tree], Tree] = none_is_state
+    in_inference: Layer | None = None
+    mirrored: Callable[[], Layer] | None = None
     parts: tuple[Layer, ...] = ()
     rebuild: Callable[..., Layer] | None = None
     mixes_examples: bool = False
+    equations: Equations | tuple[str, str] | None = None
+    doc: str = ""
 
     def __post_init__(self) -> None:
         text("layer: name", self.name)
-        for what in ("init", "forward", "backward"):
+        for what in ("init", "forward", "backward", "renew", "is_state"):
             function(f"{self.name}: {what}", getattr(self, what))
-        for what in ("lift", "reference", "probe", "rebuild"):
+        for what in ("reference", "mirrored", "rebuild"):
             function(f"{self.name}: {what}", getattr(self, what), or_none=True)
+        if self.in_inference is not None:
+            a_layer(f"{self.name}: in_inference", self.in_inference)
         flag(f"{self.name}: mixes_examples", self.mixes_examples)
-
-    @functools.cached_property
-    def batched(self) -> Layer:
-        """The same layer over a batch: every input, output and residual has the examples first."""
-        if self.lift is None:
-            raise TypeError(f"{self.name} is a batched form already")
-        return self.lift()
+        text(f"{self.name}: doc", self.doc)
+        object.__setattr__(self, "equations", stated(f"{self.name}: equations", self.equations))
+        if self.doc or self.equations:
+            described = composed(self.doc or f"{self.name}.", self.equations)
+            object.__setattr__(self, "__doc__", described)
 
     def apply(self, params: Tree, x: Tree, key: Array | None = None) -> Tree:
-        """Outputs for a batch.
+        """Outputs for a batch, of the layer in its inference form.
 
-        Without ``key`` nothing is random (inference): dropout is the identity.
+        Without ``key`` nothing is random: dropout is the identity.
 
         Raises:
           ModelError: where parameters, inputs or key do not fit the model.
@@ -103,9 +138,31 @@ class Layer:
             batch_size(x)
 
         def outputs(params: Tree, x: Tree, key: Array | None) -> Tree:
-            return self.batched.forward(params, x, key)[0]
+            return self.inference().forward(params, x, key)[0]
 
-        return on_mesh(outputs, params, x, key, results=lambda: by_examples(x))
+        return on_mesh(outputs, params, x, key, results=lambda _: by_examples(x))
+
+    def inference(self) -> Layer:
+        """The model with every layer as it is at inference: running averages for a batch's.
+
+        It mixes no examples, and renews no state. Inside a ``chain`` it is a part that training
+        leaves so, though its parameters are trained unless they are frozen.
+        """
+        return self._inference
+
+    @functools.cached_property
+    def _inference(self) -> Layer:
+        return self.on_layers(lambda layer, _: layer.in_inference or layer)
+
+    def on_layers(self, change: Callable[[Layer, str], Layer], place: str = "") -> Layer:
+        """The model rebuilt bottom up, with ``change(layer, place)`` for each of its layers.
+
+        Combinators come after their parts. Places are those of the parameters in a chain:
+        ``[2][0]`` is the first part of the model's third.
+        """
+        parts = tuple(part.on_layers(change, f"{place}[{i}]") for i, part in enumerate(self.parts))
+        same = self.rebuild is None or all(map(operator.is_, parts, self.parts))
+        return change(self if same else self.rebuild(*parts), place)  # type: ignore[misc]
 
     def __call__(self, *_: Any, **__: Any) -> Any:
         raise ModelError(
@@ -123,138 +180,22 @@ def a_layer(what: str, value: Any) -> Layer:
     return value
 
 
-def no_parameters(key: Array, x: Tree) -> Tree:
-    """``init`` of a rule without parameters."""
-    return ()
+def textbook(model: Layer) -> Layer:
+    """The model with each layer's ``reference`` in place of its ``forward``: for autodiff."""
 
+    def of_layer(layer: Layer, place: str) -> Layer:
+        reference = layer.reference
+        if reference is None:
+            return layer
 
-def rule(
-    init: Callable[..., Tree],
-    forward: Callable[..., tuple[Tree, Tree]],
-    backward: Callable[..., tuple[Tree, Tree]],
-    *,
-    name: str = "rule",
-    check: Callable[[Tree, Tree], None] = lambda params, x: None,
-    reference: Callable[..., Tree] | None = None,
-    random: bool = False,
-    positionwise: bool = False,
-    batched: Layer | None = None,
-) -> Layer:
-    """A layer from three pure functions on one example.
+        def forward(params: Tree, x: Tree, key: Array | None = None) -> tuple[Tree, Tree]:
+            # The residuals are there for ``renew``; what it does not read, the compiler drops.
+            residuals = () if layer.renew is not_renewed else layer.forward(params, x, key)[1]
+            return reference(params, x, key), residuals
 
-    Args:
-      init: ``(key, x) -> params``; ``x`` is a ``ShapeDtypeStruct``, or a tree of them.
-      forward: ``(params, x, key=None) -> (y, residuals)``.
-      backward: ``(params, residuals, dy) -> (dx, factors)``; ``factors`` is the tree of params
-        with one ``bp.factors.Factored`` at each parameter.
-      name: how errors and summaries call the layer.
-      check: ``(params, x) -> None``, raising ``bp.ModelError`` where they do not fit; x has the
-        shapes and dtypes of one example, and may be a ``ShapeDtypeStruct``.
-      reference: ``(params, x, key) -> y``, the textbook formula, if ``forward`` is not what one
-        would write for autodiff or cannot be differentiated.
-      random: ``forward`` draws from its key; each example then gets a key of its own.
-      positionwise: ``forward`` and ``backward`` do the same at every position, whatever axes come
-        before the last, so that they serve a batch as they stand, without ``vmap``.
-      batched: the rule's own form over a batch.
+        return dataclasses.replace(layer, forward=forward, reference=None)
 
-    Returns:
-      A ``Layer``. Prove it with ``bp.testing.check_layer``.
-
-    Raises:
-      ModelError: in use, whatever ``check`` raises as such, and where ``factors`` is not a tree
-        of factored gradients; ``name`` stands in front.
-    """
-
-    text("name", name)
-    given: dict[str, Any] = {"init": init, "forward": forward, "backward": backward, "check": check}
-    for what, value in given.items():
-        function(f"{name}: {what}", value)
-    function(f"{name}: reference", reference, or_none=True)
-    flag(f"{name}: random", random)
-    flag(f"{name}: positionwise", positionwise)
-    if batched is not None:
-        a_layer(f"{name}: batched", batched)
-
-    def named_init(key: Array, x: Tree) -> Tree:
-        with place(f"{name}:"):
-            random_key("key", key, or_none=False)
-            x = shapes_of(x)
-            params = init(key, x)
-            check_all(params, x)
-            return params
-
-    def check_all(params: Tree, x: Tree) -> None:
-        if init is no_parameters and not (isinstance(params, tuple) and params == ()):
-            raise ModelError(
-                f"takes no parameters, (), got {described(params)}; are they another model's?"
-            )
-        check(params, x)
-
-    def checked_forward(params: Tree, x: Tree, key: Array | None = None) -> tuple[Tree, Tree]:
-        with place(f"{name}:"):
-            check_all(params, x)
-            return forward(params, x, key)
-
-    def factored(params: Tree, residuals: Tree, dy: Tree) -> tuple[Tree, Tree]:
-        with place(f"{name}:"):
-            dx, factors = backward(params, residuals, dy)
-            _check_factors(params, factors)
-        return dx, factors
-
-    def over_batch(function: Callable[..., Tree]) -> Callable[..., Tree]:
-        """``(params, x, key) -> …`` for one example, over a batch."""
-
-        def lifted(params: Tree, x: Tree, key: Array | None = None) -> Tree:
-            with place(f"{name}:"):
-                check_all(params, one_of(x))
-                if positionwise:
-                    return function(params, x, key)
-                if key is None or not random:
-                    return jax.vmap(lambda x: function(params, x, None))(x)
-                keys = jax.random.split(key, batch_size(x))
-                return jax.vmap(lambda x, key: function(params, x, key))(x, keys)
-
-        return lifted
-
-    def contracting(function: Callable[..., tuple[Tree, Tree]]) -> Callable[..., tuple[Tree, Tree]]:
-        def contracted(
-            params: Tree, residuals: Tree, dy: Tree, contract: Tree = keep
-        ) -> tuple[Tree, Tree]:
-            dx, factors = function(params, residuals, dy)
-            return dx, contract_factors(contract, factors)
-
-        return contracted
-
-    lifted = batched or Layer(
-        name=name,
-        init=named_init,
-        forward=over_batch(forward),
-        backward=contracting(
-            factored if positionwise else jax.vmap(factored, in_axes=(None, 0, 0))
-        ),
-        reference=over_batch(reference) if reference else None,
-    )
-    return Layer(
-        name=name,
-        init=named_init,
-        forward=checked_forward,
-        backward=contracting(factored),
-        reference=reference,
-        lift=lambda: lifted,
-    )
-
-
-def _check_factors(params: Tree, factors: Tree) -> None:
-    def is_factor(node: Any) -> bool:
-        return isinstance(node, Factored)
-
-    found: Any = jax.tree.structure(factors, is_leaf=is_factor)
-    wanted: Any = jax.tree.structure(params)
-    if found != wanted or not all(map(is_factor, jax.tree.leaves(factors, is_leaf=is_factor))):
-        raise ModelError(
-            f"backward gives one factored gradient (bp.factors) per parameter, {wanted}; "
-            f"got {factors}"
-        )
+    return model.on_layers(of_layer)
 
 
 def shapes_of(x: Tree) -> Tree:
@@ -289,15 +230,39 @@ def one_of(x: Tree) -> Tree:
     return jax.tree.map(lambda leaf: abstract(leaf.shape[1:], leaf.dtype), x)
 
 
-def textbook(layer: Layer) -> Layer:
-    """The layer with each rule's ``reference`` in place of its ``forward``: for autodiff."""
-    if layer.rebuild is not None:
-        return layer.rebuild(*map(textbook, layer.parts))
-    reference = layer.reference
-    if reference is None:
-        return layer
+def batch_of(n: int, x: Tree) -> Tree:
+    """The shapes and dtypes of a batch of n examples like x."""
+    return jax.tree.map(lambda leaf: abstract((n, *leaf.shape), leaf.dtype), shapes_of(x))
 
-    def forward(params: Tree, x: Tree, key: Array | None = None) -> tuple[Tree, Tree]:
-        return reference(params, x, key), ()
 
-    return Layer(layer.name, layer.init, forward, layer.backward)
+def output_shape(layer: Layer, params: Tree, x: Tree) -> Tree:
+    """The shapes and dtypes of the output for one example, found on a batch of two: what mixes
+    the examples of its batch takes more than one."""
+    x = batch_of(2, x)
+    return one_of(jax.eval_shape(lambda p, x: layer.forward(p, x)[0], params, x))
+
+
+def combined(
+    name: str,
+    parts: tuple[Layer, ...],
+    rebuild: Callable[..., Layer],
+    *,
+    init: Callable[..., Tree],
+    forward: Callable[..., tuple[Tree, Tree]],
+    backward: Callable[..., tuple[Tree, Tree]],
+    renew: Callable[[Tree, Tree], Tree] | None = None,
+    is_state: Callable[[Tree], Tree] | None = None,
+) -> Layer:
+    """A layer made of others; its parameters and residuals are those of its only part where
+    ``renew`` and ``is_state`` are not given."""
+    return Layer(
+        name=name,
+        init=init,
+        forward=forward,
+        backward=backward,
+        renew=renew or parts[0].renew,
+        is_state=is_state or parts[0].is_state,
+        parts=parts,
+        rebuild=rebuild,
+        mixes_examples=any(part.mixes_examples for part in parts),
+    )

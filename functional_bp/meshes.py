@@ -13,19 +13,21 @@ from typing import Any
 import jax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from .checks import abstract
+
 Tree = Any
 
 WHOLE = PartitionSpec()  # type: ignore[no-untyped-call]
 """How a result is split that every device holds whole."""
 
 
-def on_mesh(function: Callable[..., Tree], *args: Tree, results: Callable[[], Tree]) -> Tree:
+def on_mesh(function: Callable[..., Tree], *args: Tree, results: Callable[[Any], Tree]) -> Tree:
     """``function(*args)``, wherever its arrays lie.
 
     Args:
       function: of ``args`` alone: it closes over no array.
-      results: gives how the results are split, a ``PartitionSpec`` for each or for all below a
-        node; asked only where a mesh has explicit axes.
+      results: gives how results of these shapes are split, a ``PartitionSpec`` for each or for all
+        below a node; asked only where a mesh has explicit axes.
     """
     mesh = _explicit_mesh(args)
     if mesh is None:
@@ -33,7 +35,8 @@ def on_mesh(function: Callable[..., Tree], *args: Tree, results: Callable[[], Tr
     axes = tuple(
         name for name, kind in zip(mesh.axis_names, mesh.axis_types) if kind == AxisType.Explicit
     )
-    shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), results())
+    shapes = jax.eval_shape(function, *jax.tree.map(_anywhere, args))
+    shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), results(shapes))
     return jax.sharding.auto_axes(function, axes=axes, out_sharding=shardings)(*args)
 
 
@@ -49,6 +52,11 @@ def by_examples(x: Tree) -> PartitionSpec:
         if len(axes) and axes[0] is not None:
             return PartitionSpec(axes[0])  # type: ignore[no-untyped-call]
     return WHOLE
+
+
+def _anywhere(leaf: Any) -> Any:
+    """The shape and dtype of an array, wherever it lies."""
+    return abstract(leaf.shape, leaf.dtype) if isinstance(leaf, jax.Array) else leaf
 
 
 def _split_of(leaf: Any) -> PartitionSpec:

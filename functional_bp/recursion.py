@@ -1,17 +1,24 @@
-"""The δ recursion over a batch."""
+"""The δ recursion over a batch: forward through a model and its loss, and back from the costs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from .checks import ModelError, described, told, weights_of
-from .factors import per_example
-from .layer import Layer, batch_size, place
+from .checks import ModelError, described, random_key, told, weights_of
+from .contractions import asks_layers, keep
+from .layer import (
+    Layer,
+    batch_size,
+    combined,
+    output_shape,
+    place,
+    shapes_of,
+)
 from .losses import Loss
 
 Tree = Any
@@ -25,57 +32,141 @@ def check_model(model: Layer, loss: Loss) -> None:
         )
 
 
-def check_separate(model: Layer, loss: Loss) -> None:
-    """Raises unless they are a layer and a loss, and each example has a gradient of its own."""
+def init(model: Layer, loss: Loss, key: Array, x: Tree, y: Tree) -> Tree:
+    """Parameters of a model and its loss, from one example's input and target.
+
+    They are the pair ``(model's, loss's)`` for a loss that has parameters, else ``model.init``'s.
+
+    Raises:
+      ModelError: as ``model.init``.
+
+    Example:
+      >>> params = bp.init(
+      ...     bp.dense(2), bp.losses.squared_error, jax.random.key(0), jnp.ones(3), jnp.ones(2)
+      ... )
+      >>> sorted(params)
+      ['bias', 'weight']
+    """
+    check_model(model, loss)
+    with place("y:"):
+        shapes_of(y)
+    return with_loss(model, loss).init(key, (x, y))
+
+
+def with_loss(model: Layer, loss: Loss) -> Layer:
+    """A model and its loss as one layer, from (x, y) to the costs C, ``(batch,)``.
+
+    The δ that its backward takes are the weights wₙ = ∂(objective)/∂Cₙ. They scale δ^L, once, and
+    with it everything below.
+    """
+    check_model(model, loss)
+    return loss.joined(_ended(model, loss.layer, has_parameters=loss.has_parameters))
+
+
+def with_outputs(model: Layer, loss: Loss) -> Layer:
+    """As ``with_loss``, from (x, y) to the costs and the outputs that they are of; forward only."""
+    last = loss.layer
+
+    def forward(params: Tree, ay: Tree, key: Array | None = None) -> tuple[Tree, Tree]:
+        costs, residuals = last.forward(params, ay, key)
+        return (costs, ay[0]), residuals
+
+    last_with_outputs = dataclasses.replace(last, forward=forward)
+    return loss.joined(_ended(model, last_with_outputs, has_parameters=loss.has_parameters))
+
+
+def separate(model: Layer, loss: Loss) -> Layer:
+    """A model and its loss as one layer, if each example has a gradient of its own."""
     check_model(model, loss)
     if model.mixes_examples:
         raise ModelError(
             f"{model.name}: mixes the examples of a batch, so no example has a gradient of its "
-            "own; use a layer that does not, such as layer_norm or group_norm"
+            "own; use a layer that does not, such as layer_norm or group_norm, or model.inference()"
         )
+    return with_loss(model, loss)
 
 
-def recursion(
-    model: Layer, loss: Loss, params: Tree, x: Tree, y: Tree, key: Array | None = None
-) -> tuple[Array, Callable[[Array, Tree], Tree]]:
-    """Runs a model forward over a batch, ready to run δ back.
+def _ended(model: Layer, last: Layer, *, has_parameters: bool) -> Layer:
+    def split(tree: Tree) -> tuple[Tree, Tree]:
+        """The model's part of the parameters, or of what is asked of them, and the loss's."""
+        if not has_parameters:
+            return tree, ()
+        if isinstance(tree, dict) or (isinstance(tree, tuple) and len(tree) != 2):
+            raise ModelError(
+                f"{last.name}: takes parameters as the tuple (model's, loss's), as bp.init makes "
+                f"them, got {described(tree)}"
+            )
+        return tree[0], tree[1]
 
-    Args:
-      model: a batched form, ``layer.batched``.
+    def joined(of_model: Tree, of_loss: Tree) -> Tree:
+        return (of_model, of_loss) if has_parameters else of_model
 
-    Returns:
-      costs: C for each example, ``(batch,)``.
-      backward: ``(weights, contract) -> results``. The weights, ``(batch,)``, are ∂(objective)/∂Cₙ;
-        they scale δ^L, once, and with it everything below.
-    """
-    a, from_outputs = forward_pass(model, loss, params, x, y, key)
-    with place(f"{loss.name}:"):
-        costs = loss.costs(a, y)
+    def init(key: Array, xy: Tree) -> Tree:
+        random_key("key", key, or_none=False)
+        x, y = xy
+        if not has_parameters:
+            return model.init(key, x)
+        key, key_of_loss = jax.random.split(key)
+        params = model.init(key, x)
+        ends = output_shape(model, params, x), shapes_of(y)
+        return params, last.init(key_of_loss, ends)
 
-    def backward(weights: Array, contract: Tree) -> Tree:
-        delta = loss.deltas(a, y)  # BP1
-        return from_outputs(jax.tree.map(lambda d: per_example(weights, d), delta), contract)
+    def forward(params: Tree, xy: Tree, key: Array | None = None) -> tuple[Array, Tree]:
+        x, y = xy
+        of_model, of_loss = split(params)
+        a, residuals = model.forward(of_model, x, key)
+        costs, ends = last.forward(of_loss, (a, y))
+        return costs, (residuals, ends)
 
-    return costs, backward
+    def backward(
+        params: Tree, residuals: Tree, weights: Array, contract: Tree = keep
+    ) -> tuple[None, Tree]:
+        of_model, of_loss = split(params)
+        asked, asked_of_loss = split(contract)
+        residuals, ends = residuals
+        (delta, _), of_last = last.backward(of_loss, ends, weights, asked_of_loss)  # BP1
+        _, results = model.backward(of_model, residuals, barred(delta), asked)  # BP2–BP4
+        return None, results if asks_layers(contract) else joined(results, of_last)
+
+    def renew(params: Tree, residuals: Tree) -> Tree:
+        of_model, of_loss = split(params)
+        return joined(model.renew(of_model, residuals[0]), of_loss)
+
+    def is_state(params: Tree) -> Tree:
+        of_model, of_loss = split(params)
+        return joined(model.is_state(of_model), last.is_state(of_loss))
+
+    return combined(
+        model.name,
+        (model, last),
+        lambda model, last: _ended(model, last, has_parameters=has_parameters),
+        init=init,
+        forward=forward,
+        backward=backward,
+        renew=renew,
+        is_state=is_state,
+    )
 
 
 def forward_pass(
     model: Layer, loss: Loss, params: Tree, x: Tree, y: Tree, key: Array | None = None
-) -> tuple[Tree, Callable[[Tree, Tree], Tree]]:
+) -> tuple[Tree, Any]:
     """``(a, backward)``: the outputs, and ``backward(delta, contract)`` from any δ^L of theirs."""
-    check_batch(x, y)
     a, residuals = model.forward(params, x, key)
     with place(f"{loss.name}:"):
         loss.check(a, y)
 
     def backward(delta: Tree, contract: Tree) -> Tree:
-        # δ^L as one array: XLA then happens to schedule the last layer's contraction before the
-        # δ below it, which spares one activation at the peak of a wide batch, at no cost in time.
-        # (Between all layers it would cost 2 to 3 %.)
-        delta = jax.lax.optimization_barrier(delta)  # type: ignore[no-untyped-call]
-        return model.backward(params, residuals, delta, contract)[1]  # BP2–BP4
+        return model.backward(params, residuals, barred(delta), contract)[1]
 
     return a, backward
+
+
+def barred(delta: Tree) -> Tree:
+    """δ^L as one array: XLA then happens to schedule the last layer's contraction before the δ
+    below it, which spares one activation at the peak of a wide batch, at no cost in time. (Between
+    all layers it would cost 2 to 3 %.)"""
+    return jax.lax.optimization_barrier(delta)  # type: ignore[no-untyped-call]
 
 
 def check_batch(x: Tree, y: Tree) -> int:
@@ -100,3 +191,13 @@ def checked_weights(x: Tree, y: Tree, weights: Array | None) -> Array:
     if weights is None:
         return jnp.ones(n)
     return jnp.asarray(weights_of(n, weights), jnp.result_type(float))
+
+
+def mean_weights(x: Tree, y: Tree, weights: Array | None) -> Array:
+    """∂C/∂Cₙ = wₙ / Σ w, for the mean over a batch; 0 where all weights are 0."""
+    if weights is None:
+        n = check_batch(x, y)
+        return jnp.full(n, 1 / n)
+    weights = checked_weights(x, y, weights)
+    sum_ = weights.sum()
+    return weights / jnp.where(sum_ == 0, 1, sum_)

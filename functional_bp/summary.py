@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from typing import Any
 
 import jax
 from jax import Array
 
 from .checks import described
-from .layer import Layer, a_layer, shapes_of
+from .layer import Layer, a_layer, batch_of, one_of, shapes_of
 
 Tree = Any
 
@@ -27,40 +28,48 @@ def summary(model: Layer, x: Tree) -> str:
 
     Raises:
       ModelError: with the layer's place, where the example does not fit the model.
+
+    Example:
+      >>> print(bp.summary(bp.chain(bp.dense(2), bp.relu), jnp.ones(3)))
+      place  layer     output       parameters                count
+      model  chain     float32(2,)                            8
+      [0]    dense(2)  float32(2,)  bias (2,), weight (2, 3)  8
+      [1]    relu      float32(2,)                            0
+      total                                                   8
     """
     a_layer("summary: model", model)
     shapes_of(x)
-    outputs: dict[str, Tree] = {}
-    listed: list[tuple[str, Layer]] = []
+    listed: dict[str, tuple[Layer, Tree, Tree]] = {}
 
     def watched(layer: Layer, place: str) -> Layer:
         """The layer, noting its parameters' and output's shapes as it is traced."""
-        listed.append((place, layer))
-        if layer.rebuild is not None:
-            parts = [watched(part, f"{place}[{i}]") for i, part in enumerate(layer.parts)]
-            layer = dataclasses.replace(layer, forward=layer.rebuild(*parts).forward)
 
         def forward(params: Tree, x: Tree, key: Array | None = None) -> tuple[Tree, Tree]:
             y, residuals = layer.forward(params, x, key)
-            outputs[place] = (jax.tree.map(_shape, params), jax.tree.map(_shape, y))
+            listed[place] = (layer, jax.tree.map(_shape, params), jax.tree.map(_shape, y))
             return y, residuals
 
         return dataclasses.replace(layer, forward=forward)
 
     params = jax.eval_shape(model.init, jax.random.key(0), x)
-    jax.eval_shape(watched(model, "").forward, params, x)
+    jax.eval_shape(model.on_layers(watched).forward, params, batch_of(2, x))
 
     rows = [("place", "layer", "output", "parameters", "count")]
-    for place, layer in listed:
-        held, y = outputs[place]
-        kind = layer.name if layer.rebuild is None else layer.name.partition("(")[0]
-        shapes = "" if layer.rebuild is not None else _named(held)
-        rows.append((place or "model", kind, described(y), shapes, f"{_count(held):,}"))
+    for place in sorted(listed, key=_indices):
+        layer, held, y = listed[place]
+        kind = layer.name.partition("(")[0] if layer.parts else layer.name
+        shapes = "" if layer.parts else _named(held)
+        rows.append((place or "model", kind, described(one_of(y)), shapes, f"{_count(held):,}"))
     rows.append(("total", "", "", "", f"{_count(params):,}"))
     widths = [max(map(len, column)) for column in zip(*rows)]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows
     )
+
+
+def _indices(place: str) -> list[int]:
+    """``[2][0]`` as [2, 0]: in this order a combinator comes before its parts."""
+    return [int(index) for index in re.findall(r"\d+", place)]
 
 
 def _shape(leaf: Any) -> Any:

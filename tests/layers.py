@@ -28,6 +28,7 @@ from functional_bp.factors import Outer, Summed, accumulator
 VECTOR = jax.ShapeDtypeStruct((4,), jnp.float32)
 SQUARE = jax.ShapeDtypeStruct((2, 2), jnp.float32)
 POSITIONS = jax.ShapeDtypeStruct((2, 4), jnp.float32)
+MANY = jax.ShapeDtypeStruct((6, 4), jnp.float32)
 SEQUENCE = jax.ShapeDtypeStruct((3, 2), jnp.float32)
 IDS_OF_WORDS = jnp.array([1, 4, 1])
 
@@ -123,6 +124,14 @@ RULES = {
     "dense to one at positions": (bp.dense(1), POSITIONS),
     **{name: (layer, VECTOR) for name, layer in ACTIVATIONS.items()},
     "identity": (bp.identity, VECTOR),
+    "layer_norm": (bp.layer_norm(), VECTOR),
+    "layer_norm at positions": (bp.layer_norm(bias=False), POSITIONS),
+    "rms_norm": (bp.rms_norm(), POSITIONS),
+    "group_norm": (bp.group_norm(2), POSITIONS),
+    "instance_norm": (bp.instance_norm(), MANY),
+    "batch_norm": (bp.batch_norm(), VECTOR),
+    "batch_norm at positions": (bp.batch_norm(), POSITIONS),
+    "batch_norm at inference": (bp.batch_norm().inference(), POSITIONS),
     "flatten": (bp.flatten, POSITIONS),
     "add": (bp.add, (VECTOR, VECTOR)),
     "multiply": (bp.multiply, (VECTOR, VECTOR, VECTOR)),
@@ -169,6 +178,19 @@ COMBINED = {
     "repeat of residuals": (bp.repeat(bp.residual(block()), 2), VECTOR),
     "residual of repeats": (bp.residual(bp.repeat(block(), 2)), VECTOR),
     "nested repeat": (bp.repeat(bp.repeat(block(), 2), 2), VECTOR),
+    "batch norms in a stack": (
+        bp.repeat(bp.chain(bp.dense(4, bias=False), bp.batch_norm(), bp.tanh), 2),
+        MANY,
+    ),
+    "batch norms in a branch and a shortcut": (
+        bp.chain(
+            bp.residual(
+                bp.parallel(bp.batch_norm(), bp.tanh), bp.parallel(bp.tanh, bp.batch_norm())
+            ),
+            bp.add,
+        ),
+        MANY,
+    ),
     "tied": (tied_pair(), VECTOR),
     "tied at positions": (tied_pair(), POSITIONS),
     "tied twice to one source": (

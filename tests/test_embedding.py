@@ -57,8 +57,8 @@ def test_ids_have_no_delta():
     layer = bp.embedding(5, 2)
     ids = jnp.array([[0, 4]])
     params = layer.init(key, ids[0])
-    _, residuals = layer.batched.forward(params, ids)
-    dx, _ = layer.batched.backward(params, residuals, jnp.ones((1, 2, 2)), contractions.total)
+    _, residuals = layer.forward(params, ids)
+    dx, _ = layer.backward(params, residuals, jnp.ones((1, 2, 2)), contractions.total)
     assert dx is None
 
 

@@ -10,6 +10,7 @@ from layers import IDS, PROBABILITIES, SIGNS
 
 import functional_bp as bp
 from functional_bp import losses
+from functional_bp.layers import activations, gates
 
 KEY = jax.random.key(0)
 Z = jnp.asarray(np.random.default_rng(0).normal(size=(3, 4)) * 2, jnp.float32)
@@ -59,7 +60,12 @@ def test_an_activation_is_jaxs(layer, formula):
 
 def test_every_activation_is_compared():
     found = {layer.name.split("(")[0] for layer, _ in ACTIVATIONS}
-    public = {layer.name for layer in vars(bp.activations).values() if isinstance(layer, bp.Layer)}
+    public = {
+        layer.name
+        for module in (activations, gates)
+        for layer in vars(module).values()
+        if isinstance(layer, bp.Layer)
+    }
     assert found == public | {"leaky_relu", "elu"}
 
 

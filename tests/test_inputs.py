@@ -36,6 +36,7 @@ NO_LAYERS = (3, "relu", None, LOSS, a_function, X)
 BAD = {
     "layer": NO_LAYERS,
     "layer or none": tuple(bad for bad in NO_LAYERS if bad is not None),
+    "layer or loss": (3, "relu", None, a_function, X),
     "loss": (3, "relu", None, MODEL, a_function),
     "function": (3, "tanh", None),
     "function or none": (3, "tanh"),
@@ -57,6 +58,9 @@ BAD = {
     "text": (3, None, 2.5),
     "text or none": (3, 2.5),
     "names": ("h", (), ("c",), None, 3),
+    "names or none": ("h", (3,), None, 3),
+    "equations": (3, "y = x", ("y = x",), ("y = x", 3)),
+    "head": (3, bp.dense(3), (bp.dense(3),), (bp.dense(3), 3), (3, LOSS)),
     "floating dtype": ("no dtype", "int32", int, None, 3),
     "key": (3, "key", None, X),
     "key or none": (3, "key", X),
@@ -98,9 +102,7 @@ KINDS = {
     **dict.fromkeys(("sigma", "dsigma", "weight_init", "bias_init", "check"), "function"),
     **dict.fromkeys(("value", "delta", "local", "factors"), "function"),
     **dict.fromkeys(("init", "forward", "backward"), "function"),
-    **dict.fromkeys(
-        ("reference", "root", "sample", "lift", "probe", "rebuild"), "function or none"
-    ),
+    **dict.fromkeys(("reference", "root", "sample", "mirrored", "rebuild"), "function or none"),
     **dict.fromkeys(("features", "vocabulary", "hidden", "n", "size"), "whole from 1"),
     **dict.fromkeys(("inverse_every", "batch"), "whole from 1"),
     **dict.fromkeys(("microbatch", "samples", "truncate", "every"), "whole from 1 or none"),
@@ -114,7 +116,7 @@ KINDS = {
     **dict.fromkeys(("rate", "decay", "momentum"), "from 0 below 1"),
     "smoothing": "from 0 to 1",
     "learning_rate": "rate or schedule",
-    **dict.fromkeys(("bias", "of_output", "random", "positionwise", "has_aux"), "flag"),
+    **dict.fromkeys(("bias", "of_output", "random", "batched", "renew", "has_aux"), "flag"),
     **dict.fromkeys(("reverse", "trained_state", "stop_on_nan", "progress", "resume"), "flag"),
     "mixes_examples": "flag",
     **dict.fromkeys(("per", "method", "fisher", "shared", "activation", "output"), "choice"),
@@ -138,14 +140,28 @@ KINDS = {
     "batches": "batches",
     "evaluation": "batches or none",
     "optimizer": "optimizer",
+    "equations": "equations",
+    "doc": "text",
+    "groups": "whole from 1",
+    "epsilon": "above 0",
+    "is_state": "function",
+    "in_inference": "layer or none",
+    "inference": "layer or none",
+    "head": "head",
     "options": "of one's own",
     "parts": "of one's own",
 }
 IN = {
-    ("rule", "batched"): "layer or none",
     ("bidirectional", "forward"): "layer",
     ("bidirectional", "backward"): "layer or none",
     ("activation", "name"): "text or none",
+    ("rule", "renew"): "function",
+    ("Layer", "renew"): "function",
+    ("rule", "state"): "names or none",
+    ("batch_norm", "momentum"): "from 0 to 1",
+    ("init", "key"): "key",
+    ("tied", "layer"): "layer or loss",
+    **dict.fromkeys((("init", "x"), ("init", "y")), "an example"),
     ("loss", "name"): "text or none",
     ("trainable", "frozen"): "frozen of parameters",
     ("summary", "x"): "an example",
@@ -160,7 +176,7 @@ IN = {
 
 # What a function is called with where it must be given something.
 GOOD = {
-    **{"model": MODEL, "layer": bp.dense(3), "loss": LOSS, "n": 2, "cell": CELL},
+    **{"model": MODEL, "layer": bp.dense(3), "loss": LOSS, "n": 2, "cell": CELL, "groups": 2},
     **{"sigma": jnp.tanh, "dsigma": jnp.cos, "name": "mine", "value": a_function},
     **{"delta": a_function, "init": a_function, "forward": a_function, "backward": a_function},
     **{"local": a_function, "factors": a_function, "state": ("h",), "hidden": 2, "features": 3},
@@ -174,6 +190,8 @@ GOOD = {
 GOOD_IN = {
     ("bidirectional", "forward"): bp.lstm(2),
     ("summary", "x"): X[0],
+    ("init", "x"): X[0],
+    ("init", "y"): Y[0],
     ("check_layer", "x"): X[0],
     ("check_layer", "layer"): MODEL,
     ("kfac", "batch"): (X, Y),
@@ -181,7 +199,7 @@ GOOD_IN = {
     ("empirical_ntk", "other"): X,
 }
 # Records, which functions fill; pytrees, through which JAX passes whatever it likes; modules.
-NOT_CALLED = {"History", "Run", "Kronecker", "ModelError", "factors", "contractions"}
+NOT_CALLED = {"History", "Run", "Kronecker", "ModelError", "Equations", "factors", "contractions"}
 
 
 def public_functions():
@@ -191,7 +209,7 @@ def public_functions():
             continue
         if inspect.ismodule(item):
             for inner, function in vars(item).items():
-                ours = getattr(function, "__module__", "") == item.__name__
+                ours = getattr(function, "__module__", "").startswith(item.__name__)
                 if inspect.isfunction(function) and ours and not inner.startswith("_"):
                     yield inner, function
         else:
@@ -268,11 +286,12 @@ DATA = {
     "other": "other batch",
 }
 DATA_IN = {("empirical_ntk", argument): "other x" for argument in ("x", "other")}
+PROTOCOLS = ("OfBatch", "OfExamples", "AlongVector", "GramOfBatch", "DotsOfBatch", "KernelOf")
 QUANTITIES = [
     name
     for name, function in FUNCTIONS.items()
     if "model" in inspect.signature(function).parameters
-    and str(inspect.signature(function).return_annotation).startswith("Callable")
+    and any(kind in str(inspect.signature(function).return_annotation) for kind in PROTOCOLS)
     and name != "evaluate"  # takes batches, as fit does
 ]
 

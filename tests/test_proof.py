@@ -19,21 +19,15 @@ from functional_bp.testing import check_layer, check_model
 # ---- faults in rules --------------------------------------------------------------------------
 
 
-def planted(layer, fault, forms=("one", "batch")):
+def planted(layer, fault):
     """The layer with a wrong ``backward``: ``fault(backward)``, up to the contraction."""
+    faulty = fault(layer.backward)
 
-    def wrong(form):
-        faulty = fault(form.backward)
+    def backward(params, residuals, dy, contract=keep):
+        dx, factors = faulty(params, residuals, dy)
+        return dx, contract_factors(contract, factors)
 
-        def backward(params, residuals, dy, contract=keep):
-            dx, factors = faulty(params, residuals, dy)
-            return dx, contract_factors(contract, factors)
-
-        return dataclasses.replace(form, backward=backward)
-
-    one = wrong(layer) if "one" in forms else layer
-    batched = wrong(layer.batched) if "batch" in forms else layer.batched
-    return dataclasses.replace(one, lift=lambda: batched)
+    return dataclasses.replace(layer, backward=backward)
 
 
 def is_float(leaf):
@@ -88,7 +82,9 @@ def a_step_late(factor):
 
 
 def parameters(layer, x):
-    return jax.eval_shape(layer.init, jax.random.key(0), x)
+    """The shapes of those that are trained."""
+    shapes = jax.eval_shape(layer.init, jax.random.key(0), x)
+    return {k: shapes[k] for k in shapes if not layer.is_state(shapes)[k]} if shapes else shapes
 
 
 FAULTS = {
@@ -162,43 +158,30 @@ def test_a_fault_in_a_rule_is_caught(fault):
         check_layer(planted(layer, plant), x)
 
 
-@pytest.mark.parametrize("form", ["one", "batch"])
-def test_a_fault_in_one_form_of_a_rule_is_caught(form):
-    layer = planted(bp.dense(4), of_input(jnp.negative), forms=(form,))
-    where = {"one": "over one example", "batch": "over a batch"}[form]
-    with pytest.raises(AssertionError, match=where):
-        check_layer(layer, VECTOR)
-
-
 # ---- faults in combinators, in factors, in losses, in what users call ---------------------------
 
 
 def combined(layer, faulty):
-    """A combinator with a wrong ``backward`` over one example and over a batch."""
+    """A combinator with a wrong ``backward``."""
 
-    def wrong(form):
-        return dataclasses.replace(
-            form,
-            backward=lambda params, residuals, dy, contract=keep: faulty(
-                form, params, residuals, dy, contract
-            ),
-        )
+    def backward(params, residuals, dy, contract=keep):
+        return faulty(layer, params, residuals, dy, contract)
 
-    return dataclasses.replace(wrong(layer), lift=lambda: wrong(layer.batched))
+    return dataclasses.replace(layer, backward=backward)
 
 
-def without_the_shortcut(form, params, residuals, dy, contract):
-    dx, results = form.backward(params, residuals, dy, contract)
+def without_the_shortcut(layer, params, residuals, dy, contract):
+    dx, results = layer.backward(params, residuals, dy, contract)
     return dx - dy, results
 
 
-def layers_in_the_wrong_order(form, params, residuals, dy, contract):
+def layers_in_the_wrong_order(layer, params, residuals, dy, contract):
     swapped = jax.tree.map(lambda p: p[::-1], params)
-    return form.backward(swapped, residuals, dy, contract)
+    return layer.backward(swapped, residuals, dy, contract)
 
 
-def ends_exchanged(form, params, residuals, dy, contract):
-    return form.backward((params[2], params[1], params[0]), residuals, dy, contract)
+def ends_exchanged(layer, params, residuals, dy, contract):
+    return layer.backward((params[2], params[1], params[0]), residuals, dy, contract)
 
 
 @pytest.mark.parametrize(
@@ -262,9 +245,9 @@ def prove(name):
         return jnp.broadcast_to(leaf, (*axes, *leaf.shape))
 
     with jax.enable_x64(True), jax.disable_jit():
-        params = jax.tree.map(drawn, parameters(layer, x))
-        y, residuals = layer.batched.forward(params, jax.tree.map(lambda leaf: drawn(leaf, 3), x))
-        _, factors = layer.batched.backward(params, residuals, jax.tree.map(drawn, y))
+        params = jax.tree.map(drawn, jax.eval_shape(layer.init, jax.random.key(0), x))
+        y, residuals = layer.forward(params, jax.tree.map(lambda leaf: drawn(leaf, 3), x))
+        _, factors = layer.backward(params, residuals, jax.tree.map(drawn, y))
         for factor in jax.tree.leaves(factors, is_leaf=is_factor):
             each, outer = factor.each(), factor.as_outer()
             last = each.shape[-1] - 1
@@ -337,24 +320,24 @@ def test_a_fault_in_a_loss_is_caught(name, change):
     ["value_and_grad", "clipped_grad", "per_example_grads", "per_example_grad_norms", "deltas"],
 )
 def test_a_fault_in_a_quantity_is_caught(monkeypatch, quantity):
-    right = getattr(bp.testing, quantity)
+    right = getattr(bp.testing.models, quantity)
 
     def wrong(*args):
         return lambda *a, **kw: jax.tree.map(lambda q: q * 1.0001, right(*args)(*a, **kw))
 
-    monkeypatch.setattr(bp.testing, quantity, wrong)
+    monkeypatch.setattr(bp.testing.models, quantity, wrong)
     with pytest.raises(AssertionError, match=quantity.removesuffix("_and_grad")):
         check_model(bp.dense(4), *of_loss("squared_error"))
 
 
 @pytest.mark.parametrize("quantity", ["value_and_grad", "clipped_grad"])
 def test_ignored_weights_are_caught(monkeypatch, quantity):
-    right = getattr(bp.testing, quantity)
+    right = getattr(bp.testing.models, quantity)
 
     def unweighted(*args):
         return lambda params, x, y, *, weights, key: right(*args)(params, x, y, key=key)
 
-    monkeypatch.setattr(bp.testing, quantity, unweighted)
+    monkeypatch.setattr(bp.testing.models, quantity, unweighted)
     with pytest.raises(AssertionError, match="with weights"):
         check_model(bp.dense(4), *of_loss("squared_error"))
 
@@ -373,7 +356,7 @@ def test_a_failure_names_the_layer_the_leaf_the_error_and_where_it_is():
     with pytest.raises(AssertionError) as failure:
         check_layer(layer, VECTOR)
     assert re.fullmatch(
-        r"chain\(dense\(4\), dense\(4\)\) over one example: gradient, leaf \[1\]\['bias'\]: "
+        r"chain\(dense\(4\), dense\(4\)\): total, leaf \[1\]\['bias'\]: "
         r"relative error [\d.e-]+, at most 1e-12; largest at \(1,\): "
         r"[-\d.e]+ by hand, [-\d.e]+ wanted",
         str(failure.value),
@@ -416,9 +399,7 @@ def test_a_layer_that_jit_would_refuse_is_caught():
     def forward(params, x, key=None):
         return (x if float(x.sum()) < jnp.inf else 2 * x), ()
 
-    branching = bp.rule(
-        bp.identity.init, forward, lambda params, r, dy: (dy, ()), positionwise=True
-    )
+    branching = bp.rule(bp.identity.init, forward, lambda params, r, dy: (dy, ()), batched=True)
     with pytest.raises(jax.errors.ConcretizationTypeError):
         check_layer(branching, VECTOR)
 
@@ -448,32 +429,38 @@ def test_trees_and_integers_are_proven_at_the_integers_given():
         check_layer(planted(power(), of_input(lambda dx: {**dx, "x": None})), x)
 
 
-def centred(sign=1):
-    """y = x − mean of the batch: a layer that mixes examples, with its own batched form."""
+def centred(sign=1, said=True):
+    """y = x − mean of the batch: a layer that mixes examples."""
 
     def centre(x):
         return x - x.mean(0)
 
-    batched = bp.Layer(
-        "centred",
+    return bp.rule(
         bp.identity.init,
         lambda params, x, key=None: (centre(x), ()),
-        lambda params, residuals, dy, contract=keep: (sign * centre(dy), ()),
+        lambda params, residuals, dy: (sign * centre(dy), ()),
+        name="centred",
+        batched=True,
+        mixes_examples=said,
     )
-    return dataclasses.replace(bp.identity, lift=lambda: batched, mixes_examples=True)
 
 
 def test_a_layer_that_mixes_examples_is_proven_over_a_batch():
     check_layer(bp.chain(bp.dense(4), centred()), VECTOR)
     check_model(centred(), LOSSES["squared_error"][0], (), X, X + 1)
-    with pytest.raises(AssertionError, match="over a batch: input gradient"):
+    with pytest.raises(AssertionError, match="centred: input gradient"):
         check_layer(centred(sign=-1), VECTOR)
 
 
 def test_a_layer_that_mixes_examples_unsaid_is_caught():
-    unsaid = dataclasses.replace(centred(), mixes_examples=False)
-    with pytest.raises(AssertionError, match="identity over a batch: output"):
-        check_layer(unsaid, VECTOR)
+    with pytest.raises(AssertionError, match=r"centred: .*say mixes_examples"):
+        check_layer(centred(said=False), VECTOR)
+
+
+def test_a_backward_that_mixes_examples_is_caught():
+    layer = planted(bp.dense(4), of_factor("bias", first_array(lambda g: g[::-1])))
+    with pytest.raises(AssertionError, match="each, leaf"):
+        check_layer(layer, VECTOR)
 
 
 def test_the_reference_is_what_a_rule_is_proven_against():
@@ -495,7 +482,7 @@ def test_the_reference_is_what_a_rule_is_proven_against():
         )
 
     check_layer(cube(lambda params, x, key=None: x**3), VECTOR)
-    with pytest.raises(AssertionError, match="cube over one example: output"):
+    with pytest.raises(AssertionError, match="cube: output"):
         check_layer(cube(lambda params, x, key=None: x**2), VECTOR)
 
 

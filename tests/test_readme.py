@@ -9,7 +9,7 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 EQUATIONS = re.findall(
-    r"^\|[^|\n]+\| `(.+)` \| `(functional_bp/\w+\.py)` \|$", README, re.MULTILINE
+    r"^\|[^|\n]+\| `(.+)` \| `(functional_bp/[\w/]+\.py)` \|$", README, re.MULTILINE
 )
 
 

@@ -12,7 +12,7 @@ from definitions import compiled
 
 import functional_bp as bp
 from functional_bp import contractions
-from functional_bp.recursion import recursion
+from functional_bp.recursion import with_loss
 
 squared_error = bp.losses.squared_error
 key = jax.random.key(0)
@@ -25,7 +25,9 @@ def float64_in_short_blocks(monkeypatch):
     """Blocks of 4 steps, so that the 9 of most tests are several, the last one shorter; and
     little optimisation, which would take most of the time."""
     monkeypatch.setattr(
-        importlib.import_module("functional_bp.through_time"), "_block_size", lambda *_: 4
+        importlib.import_module("functional_bp.layers.recurrence.time_blocks"),
+        "_block_size",
+        lambda *_: 4,
     )
     jax.config.update("jax_disable_most_optimizations", True)
     with jax.enable_x64(True):
@@ -50,9 +52,13 @@ def by_hand(model):
 
     @jax.jit
     def found(params, x, y):
-        costs, backward = recursion(model.batched, squared_error, params, x, y)
-        ones = jnp.ones_like(costs)
-        return costs, backward(ones, contractions.total), backward(ones, contractions.squared_norm)
+        cost = with_loss(model, squared_error)
+        costs, residuals = cost.forward(params, (x, y))
+
+        def asked(contract):
+            return cost.backward(params, residuals, jnp.ones_like(costs), contract)[1]
+
+        return costs, asked(contractions.total), asked(contractions.squared_norm)
 
     return found
 
@@ -62,8 +68,8 @@ def there_and_back(model):
 
     @jax.jit
     def found(params, x, dy):
-        y, residuals = model.batched.forward(params, x)
-        return y, *model.batched.backward(params, residuals, dy, contractions.total)
+        y, residuals = model.forward(params, x)
+        return y, *model.backward(params, residuals, dy, contractions.total)
 
     return found
 

@@ -67,16 +67,19 @@ def test_backward_equals_central_differences(name):
 
     with jax.enable_x64(True), jax.disable_jit():
         params = jax.tree.map(normal_like, jax.eval_shape(layer.init, KEY, x))
+        is_state = layer.is_state(params)
+        params = jax.tree.map(lambda s, p: abs(p) if s else p, is_state, params)  # a variance is
         xs = jax.tree.map(batch_like, x)
-        y, residuals = layer.batched.forward(params, xs, key)
+        y, residuals = layer.forward(params, xs, key)
         dy = jax.tree.map(normal_like, y)
-        dx, gradient = layer.batched.backward(params, residuals, dy, contractions.total)
+        dx, gradient = layer.backward(params, residuals, dy, contractions.total)
 
         def f(leaves):
-            params, xs = jax.tree.unflatten(structure, leaves)
-            return inner(floats(layer.apply(params, xs, key)), floats(dy))
+            learned, xs = jax.tree.unflatten(structure, leaves)
+            y, _ = layer.forward(bp.merged(learned, params), xs, key)
+            return inner(floats(y), floats(dy))
 
-        leaves, structure = jax.tree.flatten((params, xs))
+        leaves, structure = jax.tree.flatten((bp.trainable(params, is_state), xs))
         places = [i for i, leaf in enumerate(leaves) if is_float(leaf)]
         for i, gradient_i in zip(places, floats((gradient, dx)), strict=True):
             for _ in range(2):
@@ -144,10 +147,10 @@ def test_sums_of_bfloat16_run_in_float32(name):
     xs = jax.tree.map(lambda leaf: low(leaf, 3), x)
 
     def there_and_back(params, xs):
-        y, residuals = layer.batched.forward(params, xs)
+        y, residuals = layer.forward(params, xs)
         dy = jax.tree.map(lambda leaf: leaf if is_float(leaf) else None, y)
         asked = (contractions.total, contractions.each, contractions.squared_norm)
-        return y, [layer.batched.backward(params, residuals, dy, c) for c in asked]
+        return y, [layer.backward(params, residuals, dy, c) for c in asked]
 
     found, (y, results) = jax.make_jaxpr(there_and_back, return_shape=True)(params, xs)
     for operation in operations(found.jaxpr):
@@ -169,14 +172,14 @@ def test_no_rule_promotes_a_dtype_or_a_rank(name):
     key = KEY if name in RANDOM else None
 
     def there_and_back(params, xs, contract):
-        y, residuals = layer.batched.forward(params, xs, key)
+        y, residuals = layer.forward(params, xs, key)
         dy = jax.tree.map(lambda leaf: leaf if is_float(leaf) else None, y)
-        return layer.batched.backward(params, residuals, dy, contract)
+        return layer.backward(params, residuals, dy, contract)
 
     asked = ("total", "each", "squared_norm", "squared_norms", "gram", "second_moment")
     contracts = [getattr(contractions, name) for name in asked]
     with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
-        for contract in (*contracts, jax.tree.map(contractions.Dot, params)):
+        for contract in (*contracts, jax.tree.map(contractions.dot, params)):
             jax.eval_shape(there_and_back, params, xs, contract)
 
 
@@ -216,10 +219,16 @@ def test_no_quantity_promotes_a_dtype_or_a_rank(name):
 def makers(module, kind):
     """The public functions of a module that return a layer or a loss, by name."""
     functions = {n: f for n, f in vars(module).items() if n[0] != "_" and inspect.isfunction(f)}
-    returned = {n: typing.get_type_hints(f).get("return") for n, f in functions.items()}
-    return {
-        n: functions[n] for n, r in returned.items() if inspect.isclass(r) and issubclass(r, kind)
-    }
+
+    def returned(function):
+        function = inspect.unwrap(function)
+        forms = typing.get_overloads(function) or [function]
+        return [typing.get_type_hints(form).get("return") for form in forms]
+
+    def makes(function):
+        return any(inspect.isclass(r) and issubclass(r, kind) for r in returned(function))
+
+    return {name: function for name, function in functions.items() if makes(function)}
 
 
 def values(module, kind):

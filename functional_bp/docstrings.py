@@ -1,0 +1,74 @@
+"""What ``help`` shows of a layer or a loss: its words, and its equations forward and back.
+
+The equations are written once, beside the code, as what ``rule``, ``activation`` and ``loss`` take
+or in front of the function that makes a layer.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import textwrap
+from collections.abc import Callable
+from typing import Any, NamedTuple, ParamSpec, TypeVar
+
+from .checks import ModelError, told
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class Equations(NamedTuple):
+    """What a layer or a loss computes, one equation a line.
+
+    Attributes:
+      forward: its output, from its input and parameters.
+      backward: ∂C/∂ its input and parameters, from ∂C/∂ its output.
+
+    Example:
+      >>> bp.tanh.equations.backward
+      '∂C/∂z = ∂C/∂a ⊙ (1 − a²)'
+    """
+
+    forward: str
+    backward: str
+
+
+def stated(what: str, value: Any) -> Equations | None:
+    """Equations from a pair of texts, forward and backward, or None."""
+    if value is None:
+        return None
+    if not isinstance(value, tuple) or [type(text) for text in value] != [str, str]:
+        raise ModelError(f"{what}: takes two texts, forward and backward, got {told(value)}")
+    return Equations(*value)
+
+
+def composed(doc: str, equations: Equations | tuple[str, str] | None) -> str:
+    """A docstring: its first paragraph, the equations, and the rest."""
+    first, _, rest = inspect.cleandoc(doc).partition("\n\n")
+    parts = [first]
+    for title, text in zip(("Forward:", "Backward:"), equations or ()):
+        parts += [title, textwrap.indent(text, "    ")]
+    return "\n\n".join(part for part in (*parts, rest) if part)
+
+
+def explained(forward: str, backward: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
+    """A function that makes layers or losses, with their equations.
+
+    They go into the function's docstring, and with it into every layer or loss that it makes.
+    """
+    equations = Equations(inspect.cleandoc(forward), inspect.cleandoc(backward))
+
+    def explained(make: Callable[P, T]) -> Callable[P, T]:
+        doc = inspect.getdoc(make) or ""
+
+        @functools.wraps(make)
+        def made(*args: P.args, **kwargs: P.kwargs) -> T:
+            result = make(*args, **kwargs)
+            return dataclasses.replace(result, equations=equations, doc=doc)  # type: ignore[type-var]
+
+        made.__doc__ = composed(doc, equations)
+        return made
+
+    return explained

@@ -1,0 +1,1 @@
+"""Layers: one file for each family of rules, and the combinators that make layers of layers."""

@@ -1,0 +1,1 @@
+"""What is asked of a δ recursion: gradients, and what they hide."""

@@ -1,0 +1,335 @@
+"""Curvature: products with the Hessian and the Gauss–Newton matrix, its diagonal, its Kronecker
+factors.
+
+The Hessian of the mean cost C(a(θ)) is JᵀHJ + (curvature of a), where J = ∂a/∂θ and H = ∇²C by a.
+JᵀHJ is the generalised Gauss–Newton matrix (Schraudolph 2002), for these losses also the Fisher
+matrix. With H = S Sᵀ it is Σ over the columns s of S of (Jᵀs)(Jᵀs)ᵀ, and Jᵀs is the δ recursion
+begun at δ^L = s: whatever contraction the factors of a gradient have, those of curvature have.
+
+A loss with parameters has no H by the model's outputs: its ``head`` says of which outputs it has.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from ..checks import ModelError, choice, whole
+from ..contractions import second_moment, second_order, squared_norms, total
+from ..factors import per_example
+from ..layer import Layer
+from ..layers.chains import chain
+from ..losses import Loss
+from ..quantity import AlongVector, Batch, OfBatch, Results, in_batches, learned, like, of_batch
+from ..recursion import forward_pass, separate, with_loss
+from .gradients import grad
+from .inner_products import vector
+
+Tree = Any
+SHARED = ("expand", "reduce")
+FISHER = ("empirical", "sampled", "exact")
+
+
+def hvp(model: Layer, loss: Loss, *, microbatch: int | None = None) -> AlongVector[Tree]:
+    """The Hessian of the mean cost times a vector: ∇²C v, forward over the δ recursion.
+
+    (Pearlmutter 1994, "Fast exact multiplication by the Hessian".)
+
+    Args:
+      microbatch: examples at a time; None for all at once.
+
+    Returns:
+      ``fn(params, x, y, v, *, weights=None, key=None) -> tree`` of ``params``; so is v. Through
+      a recurrent layer that is truncated it is the derivative of the truncated gradient, which is
+      no Hessian: it need not be symmetric.
+
+    Raises:
+      ModelError: if v has not the tree and shapes of the parameters, and when called with what
+        does not fit the model.
+
+    Example:
+      >>> params = {"weight": jnp.array([[2.0]]), "bias": jnp.zeros(1)}
+      >>> v = {"weight": jnp.ones((1, 1)), "bias": jnp.zeros(1)}
+      >>> product = bp.hvp(bp.dense(1), bp.losses.squared_error)
+      >>> product(params, jnp.array([[1.0], [3.0]]), jnp.zeros((2, 1)), v)["weight"].tolist()
+      [[5.0]]
+    """
+    gradient = grad(model, loss, microbatch=microbatch)
+    cost = with_loss(model, loss)
+
+    def fn(
+        params: Tree,
+        x: Tree,
+        y: Tree,
+        v: Tree,
+        *,
+        weights: Array | None = None,
+        key: Array | None = None,
+    ) -> Tree:
+        def of(params: Tree) -> Tree:
+            return gradient(params, x, y, weights=weights, key=key)
+
+        return jax.jvp(of, (params,), (vector(cost, params, v),))[1]
+
+    return fn
+
+
+def ggnvp(model: Layer, loss: Loss, *, microbatch: int | None = None) -> AlongVector[Tree]:
+    """The generalised Gauss–Newton matrix of the mean cost times a vector.
+
+        Σₙ wₙ Jₙᵀ Hₙ Jₙ v / Σₙ wₙ
+
+    J v by one forward pass of tangents; then δ^L = H J v and the δ recursion.
+
+    Args, returns and raises: as ``hvp``.
+
+    Example:
+      >>> params = {"weight": jnp.array([[2.0]]), "bias": jnp.zeros(1)}
+      >>> v = {"weight": jnp.ones((1, 1)), "bias": jnp.zeros(1)}
+      >>> product = bp.ggnvp(bp.dense(1), bp.losses.squared_error)
+      >>> product(params, jnp.array([[1.0], [3.0]]), jnp.zeros((2, 1)), v)["weight"].tolist()
+      [[5.0]]
+    """
+    cost = separate(model, loss)
+    model, loss = _with_outputs(model, loss)
+
+    def formula(batch: Batch) -> Results:
+        params, v = batch.params, batch.given
+        a, backward = forward_pass(model, loss, params, batch.x, batch.y, batch.key)
+        _, jv = jax.jvp(lambda p: model.forward(p, batch.x, batch.key)[0], (params,), (v,))
+        _, hjv = jax.jvp(lambda a: loss.deltas(a, batch.y), (a,), (jv,))
+        return Results(backward(_scaled(batch.weights, hjv), total))
+
+    run = in_batches(cost, formula, microbatch, mean=True)
+
+    def fn(
+        params: Tree,
+        x: Tree,
+        y: Tree,
+        v: Tree,
+        *,
+        weights: Array | None = None,
+        key: Array | None = None,
+    ) -> Tree:
+        results = run(params, x, y, weights, key, vector(cost, params, v))
+        return like(learned(cost, params), results.gradients)
+
+    return fn
+
+
+def ggn_diagonal(
+    model: Layer, loss: Loss, *, samples: int | None = None, microbatch: int | None = None
+) -> OfBatch[Tree]:
+    """The diagonal of the generalised Gauss–Newton matrix of the mean cost.
+
+        Σₙ wₙ Σ_s (Jₙᵀ s)² / Σₙ wₙ          over the columns s of S: as many recursions as outputs
+        Σₙ wₙ mean of (Jₙᵀ δ̂)² / Σₙ wₙ      over samples of δ̂, each with E δ̂ δ̂ᵀ = S Sᵀ
+
+    (Dangel et al. 2020, "BackPACK", DiagGGNExact and DiagGGNMC.)
+
+    Args:
+      samples: draws for the unbiased Monte Carlo estimate; None for the exact diagonal.
+      microbatch: examples at a time; None for all at once.
+
+    Returns:
+      ``fn(params, x, y, *, weights=None, key=None) -> tree`` of ``params``. The estimate needs a
+      key.
+
+    Raises:
+      ModelError: if ``samples`` is not a whole number above 0; if a layer mixes examples, if the
+        loss does not state what it takes, if the estimate gets no key, and when called with what
+        does not fit the model.
+
+    Example:
+      >>> params = {"weight": jnp.array([[2.0]]), "bias": jnp.zeros(1)}
+      >>> diagonal = bp.ggn_diagonal(bp.dense(1), bp.losses.squared_error)
+      >>> print(diagonal(params, jnp.array([[1.0], [3.0]]), jnp.zeros((2, 1)))["weight"].round(2))
+      [[5.]]
+    """
+    cost = separate(model, loss)
+    model, loss = _with_outputs(model, loss)
+    fisher = "exact" if samples is None else "sampled"
+    deltas = _deltas(loss, fisher, 1 if samples is None else samples)
+
+    def formula(batch: Batch) -> Results:
+        key, sample_key = _two_keys(batch.key)
+        a, backward = forward_pass(model, loss, batch.params, batch.x, batch.y, key)
+
+        def squares(delta: Tree) -> Tree:
+            means = backward(_scaled(jnp.sqrt(batch.weights), delta), second_moment)
+            return jax.tree.map(lambda m: m * batch.weights.size, means)
+
+        return Results(deltas(a, batch.y, sample_key, squares))
+
+    return of_batch(cost, formula, microbatch)
+
+
+class Kronecker(NamedTuple):
+    """The two factors of one parameter's curvature.
+
+    Attributes:
+      A: of its inputs, ``(i, i)``; of a vector, whose input is the constant 1, ``(1, 1)``.
+      G: of its δ, ``(o, o)``.
+    """
+
+    A: Array
+    G: Array
+
+
+def kronecker_factors(
+    model: Layer,
+    loss: Loss,
+    *,
+    fisher: str = "empirical",
+    samples: int = 1,
+    shared: str = "expand",
+    microbatch: int | None = None,
+) -> OfBatch[Tree]:
+    """Kronecker factors of each parameter's block of the Fisher or Gauss–Newton matrix.
+
+        mean of gₙ gₙᵀ ≈ A ⊗ G,   gₙ = δₙ aₙᵀ  (o, i)
+        A = Σₙ wₙ aₙ aₙᵀ / Σₙ wₙ,   G = Σₙ wₙ δₙ δₙᵀ / Σₙ wₙ
+
+    Conventions: δₙ is ∂Cₙ/∂z of one example's own cost, so the 1/N of the mean stands in A and G
+    alike and nowhere else. A bias is a parameter of its own, a weight of one column whose input
+    is 1: A = 1. Where a weight is used at T positions (or places, if it is tied):
+
+        expand   A = mean over n, t of a_t a_tᵀ,   G = mean over n of Σ_t δ_t δ_tᵀ
+        reduce   A = mean over n of ā āᵀ, ā = mean over t of a_t,
+                 G = mean over n of δ̄ δ̄ᵀ, δ̄ = Σ_t δ_t
+
+    (Martens & Grosse 2015, "Optimizing neural networks with Kronecker-factored approximate
+    curvature"; Eschenhagen et al. 2023 for expand and reduce.)
+
+    Args:
+      fisher: which δ: ``"empirical"``, of the targets y; ``"sampled"``, of targets drawn from the
+        model's prediction; ``"exact"``, the sum over the columns of S, ∇²C = S Sᵀ (for softmax
+        the expectation over all labels; KFLR of Botev et al. 2017).
+      samples: draws for ``"sampled"``, averaged.
+      shared: ``"expand"`` or ``"reduce"``.
+      microbatch: examples at a time; None for all at once.
+
+    Returns:
+      ``fn(params, x, y, *, weights=None, key=None) -> tree`` of ``params`` with a
+      ``Kronecker(A, G)`` at each parameter, the layers of a ``repeat`` on a first axis of both;
+      None at a parameter whose gradient is not a sum of δ aᵀ.
+
+    Raises:
+      ModelError: for an unknown ``fisher`` or ``shared``, or ``samples`` not above 0; if a layer
+        mixes examples, if the loss does not state what it takes, if sampling gets no key, and when
+        called with what does not fit the model.
+
+    Example:
+      >>> params = {"weight": jnp.array([[2.0]]), "bias": jnp.zeros(1)}
+      >>> factors = bp.kronecker_factors(bp.dense(1), bp.losses.squared_error)
+      >>> found = factors(params, jnp.array([[1.0], [3.0]]), jnp.zeros((2, 1)))["weight"]
+      >>> found.A.tolist(), found.G.tolist()
+      ([[5.0]], [[20.0]])
+    """
+    cost = separate(model, loss)
+    choice("shared", shared, SHARED)
+    model, loss = _with_outputs(model, loss)
+    deltas = _deltas(loss, fisher, samples)
+
+    def formula(batch: Batch) -> Results:
+        key, sample_key = _two_keys(batch.key) if fisher == "sampled" else (batch.key, None)
+        a, backward = forward_pass(model, loss, batch.params, batch.x, batch.y, key)
+        delta = loss.deltas(a, batch.y)
+        shapes = jax.eval_shape(lambda: backward(delta, squared_norms))
+
+        def asked(of: str) -> Tree:
+            def of_one(shape: Any) -> Any:
+                weights = jnp.broadcast_to(batch.weights, shape.shape).astype(shape.dtype)
+                return second_order(weights, of, shared)
+
+            return jax.tree.map(of_one, shapes)
+
+        A = backward(delta, asked("input"))
+        G = deltas(a, batch.y, sample_key, lambda delta: backward(delta, asked("output")))
+        pairs = jax.tree.map(
+            lambda p, a, g: None if a is None else Kronecker(a, g),
+            *(learned(cost, batch.params), A, G),
+        )
+        return Results(sums=pairs)
+
+    return of_batch(cost, formula, microbatch, then=lambda r: r.sums, gradients=False)
+
+
+def _with_outputs(model: Layer, loss: Loss) -> tuple[Layer, Loss]:
+    """The model up to the outputs by which the cost has a Hessian, and the loss of those."""
+    if not loss.has_parameters:
+        return model, loss
+    if loss.head is None:
+        raise ModelError(
+            f"{loss.name}: has parameters, and does not state of which outputs its Hessian is; "
+            "give head= to bp.losses.loss"
+        )
+    layer, of_outputs = loss.head
+    return loss.joined(chain(model, layer)), of_outputs
+
+
+def _deltas(loss: Loss, fisher: str, samples: int) -> Callable[..., Tree]:
+    """``(a, y, key, result) -> Σ result(δ)`` over the δ that stand for H = Σ δ δᵀ."""
+    whole("samples", samples)
+    choice("fisher", fisher, FISHER)
+
+    def empirical(a: Tree, y: Tree, key: Array | None, result: Callable[[Tree], Tree]) -> Tree:
+        return result(loss.deltas(a, y))
+
+    def sampled(a: Tree, y: Tree, key: Array | None, result: Callable[[Tree], Tree]) -> Tree:
+        if key is None:
+            raise ModelError("key: targets are drawn from the prediction, which takes a key")
+        draw = _stated(loss, "sample")
+
+        def one(key: Array) -> Tree:
+            keys = jax.random.split(key, jax.tree.leaves(a)[0].shape[0])
+            return result(jax.vmap(draw)(keys, a, y))
+
+        sums = _sum_over(one, jax.random.split(key, samples))
+        return jax.tree.map(lambda s: s / samples, sums)
+
+    def exact(a: Array, y: Tree, key: Array | None, result: Callable[[Tree], Tree]) -> Tree:
+        root = _stated(loss, "root")
+        shape = a.shape[1:]
+
+        def one(column: Array) -> Tree:
+            e = (jnp.arange(math.prod(shape)) == column).astype(a.dtype).reshape(shape)
+            return result(jax.vmap(root, (0, 0, None))(a, y, e))
+
+        return _sum_over(one, jnp.arange(math.prod(shape)))
+
+    return dict(zip(FISHER, (empirical, sampled, exact)))[fisher]
+
+
+def _stated(loss: Loss, what: str) -> Callable[..., Tree]:
+    stated = getattr(loss, what)
+    if stated is None:
+        raise ModelError(
+            f"{loss.name}: does not state the {what} of its Hessian; give {what}= to "
+            "bp.losses.loss, or use the empirical Fisher or bp.ggnvp"
+        )
+    return stated
+
+
+def _sum_over(function: Callable[[Array], Tree], xs: Array) -> Tree:
+    """Σ function(x), one x at a time."""
+    shapes = jax.eval_shape(function, xs[0])
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    return lax.scan(lambda s, x: (jax.tree.map(jnp.add, s, function(x)), None), zeros, xs)[0]
+
+
+def _two_keys(key: Array | None) -> tuple[Array | None, Array | None]:
+    """One for the layers, one for the samples."""
+    if key is None:
+        return None, None
+    layers, samples = jax.random.split(key)
+    return layers, samples
+
+
+def _scaled(weights: Array, delta: Tree) -> Tree:
+    return jax.tree.map(lambda d: per_example(weights, d), delta)

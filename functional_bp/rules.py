@@ -1,0 +1,178 @@
+"""Rules: what a person writes, three pure functions on one example, and the layer made of them.
+
+    init(key, x)                        -> params           x: an example's shapes and dtypes
+    forward(params, x, key=None)        -> (y, residuals)   residuals: what backward and renew read
+    backward(params, residuals, dy)     -> (dx, factors)    one factored gradient per parameter
+
+This file alone knows ``vmap``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax import Array
+
+from .checks import ModelError, described, flag, function, random_key, text, told
+from .contractions import contract_layer, is_factor, keep
+from .docstrings import Equations
+from .layer import Layer, batch_size, none_is_state, not_renewed, one_of, placed, shapes_of
+
+Tree = Any
+
+
+def no_parameters(key: Array, x: Tree) -> Tree:
+    """``init`` of a rule without parameters."""
+    return ()
+
+
+def rule(
+    init: Callable[..., Tree],
+    forward: Callable[..., tuple[Tree, Tree]],
+    backward: Callable[..., tuple[Tree, Tree]],
+    *,
+    name: str = "rule",
+    check: Callable[[Tree, Tree], None] = lambda params, x: None,
+    reference: Callable[..., Tree] | None = None,
+    random: bool = False,
+    batched: bool = False,
+    mixes_examples: bool = False,
+    state: tuple[str, ...] = (),
+    renew: Callable[[Tree, Tree], Tree] = not_renewed,
+    inference: Layer | None = None,
+    equations: Equations | tuple[str, str] | None = None,
+    doc: str = "",
+) -> Layer:
+    """A layer from three pure functions on one example.
+
+    Args:
+      init: ``(key, x) -> params``; ``x`` is a ``ShapeDtypeStruct``, or a tree of them, of one
+        example.
+      forward: ``(params, x, key=None) -> (y, residuals)``.
+      backward: ``(params, residuals, dy) -> (dx, factors)``; ``factors`` is the tree of params
+        with one ``bp.factors.Factored`` at each parameter.
+      name: how errors and summaries call the layer.
+      check: ``(params, x) -> None``, raising ``bp.ModelError`` where they do not fit; x has the
+        shapes and dtypes of one example, and may be a ``ShapeDtypeStruct``.
+      reference: ``(params, x, key) -> y``, the textbook formula, if ``forward`` is not what one
+        would write for autodiff or cannot be differentiated.
+      random: ``forward`` draws from its key; each example then gets a key of its own.
+      batched: ``forward``, ``backward`` and ``reference`` are over a batch as they stand, because
+        they do the same at every position, whatever axes come before the last, or because they
+        must see the whole batch.
+      mixes_examples: the output of one example depends on the others of its batch.
+      state: the names of the entries of ``params`` that are state, such as running averages.
+        ``backward`` gives no factors for them.
+      renew: ``(params, residuals) -> params``, with the state as it is after a batch.
+      inference: the layer as it is at inference, with the same parameters, where that is another.
+      equations: what it computes, forward and back, as two texts of one equation a line.
+      doc: what else ``help`` shows of it: what it is, shapes, source.
+
+    Returns:
+      A ``Layer``. Prove it with ``bp.testing.check_layer``.
+
+    Raises:
+      ModelError: in use, whatever ``check`` raises as such, and where ``factors`` is not a tree
+        of factored gradients; ``name`` stands in front.
+
+    Example:
+      >>> shift = bp.rule(
+      ...     init=lambda key, x: {"b": jnp.zeros(x.shape)},
+      ...     forward=lambda params, x, key=None: (x + params["b"], ()),
+      ...     backward=lambda params, residuals, dy: (dy, {"b": bp.factors.Itself(dy)}),
+      ...     name="shift",
+      ... )
+      >>> bp.testing.check_layer(shift, jnp.ones(3))
+    """
+
+    text("name", name)
+    given: dict[str, Any] = {"init": init, "forward": forward, "backward": backward}
+    for what, value in (given | {"check": check, "renew": renew}).items():
+        function(f"{name}: {what}", value)
+    function(f"{name}: reference", reference, or_none=True)
+    flags = {"random": random, "batched": batched, "mixes_examples": mixes_examples}
+    for what, value in flags.items():
+        flag(f"{name}: {what}", value)
+    if mixes_examples and not batched:
+        raise ModelError(f"{name}: mixes_examples: takes a rule over a batch, batched=True")
+    if not isinstance(state, tuple) or not all(isinstance(entry, str) for entry in state):
+        raise ModelError(f"{name}: state: takes a tuple of names, got {told(state)}")
+
+    def named_init(key: Array, x: Tree) -> Tree:
+        random_key("key", key, or_none=False)
+        x = shapes_of(x)
+        params = init(key, x)
+        check_all(params, x)
+        return params
+
+    def check_all(params: Tree, x: Tree) -> None:
+        if init is no_parameters and not (isinstance(params, tuple) and params == ()):
+            raise ModelError(
+                f"takes no parameters, (), got {described(params)}; are they another model's?"
+            )
+        check(params, x)
+
+    def over_batch(function: Callable[..., Tree]) -> Callable[..., Tree]:
+        """``(params, x, key) -> …`` for one example, over a batch."""
+
+        def lifted(params: Tree, x: Tree, key: Array | None = None) -> Tree:
+            check_all(params, one_of(x))
+            if batched:
+                return function(params, x, key)
+            if key is None or not random:
+                return jax.vmap(lambda x: function(params, x, None))(x)
+            keys = jax.random.split(key, batch_size(x))
+            return jax.vmap(lambda x, key: function(params, x, key))(x, keys)
+
+        return lifted
+
+    def is_state(params: Tree) -> Tree:
+        if not state:
+            return none_is_state(params)
+        if not isinstance(params, dict) or not params.keys() >= set(state):
+            raise ModelError(f"takes a dict with the state {list(state)}, got {described(params)}")
+        return jax.tree.map_with_path(lambda path, _: path[0].key in state, params)
+
+    def factored(params: Tree, residuals: Tree, dy: Tree) -> tuple[Tree, Tree]:
+        dx, factors = backward(params, residuals, dy)
+        if state:
+            params = {entry: p for entry, p in params.items() if entry not in state}
+        _check_factors(params, factors)
+        return dx, {**factors, **dict.fromkeys(state)} if state else factors
+
+    lifted = factored if batched else jax.vmap(factored, in_axes=(None, 0, 0))
+
+    def contracted(
+        params: Tree, residuals: Tree, dy: Tree, contract: Tree = keep
+    ) -> tuple[Tree, Tree]:
+        dx, factors = lifted(params, residuals, dy)
+        return dx, contract_layer(contract, dy, factors)
+
+    return placed(
+        f"{name}:",
+        Layer(
+            name=name,
+            init=named_init,
+            forward=over_batch(forward),
+            backward=contracted,
+            reference=over_batch(reference) if reference else None,
+            renew=renew,
+            is_state=is_state,
+            in_inference=inference,
+            mixes_examples=mixes_examples,
+            equations=equations,
+            doc=doc,
+        ),
+    )
+
+
+def _check_factors(params: Tree, factors: Tree) -> None:
+    found: Any = jax.tree.structure(factors, is_leaf=is_factor)
+    wanted: Any = jax.tree.structure(params)
+    if found != wanted or not all(map(is_factor, jax.tree.leaves(factors, is_leaf=is_factor))):
+        raise ModelError(
+            f"backward gives one factored gradient (bp.factors) per parameter, {wanted}; "
+            f"got {factors}"
+        )

@@ -1,0 +1,1 @@
+"""Training: the loop, its batches, history, checkpoints and files, and K-FAC."""

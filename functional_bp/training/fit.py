@@ -1,0 +1,194 @@
+"""The training loop: an optax optimiser run over batches."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Mapping, Sequence, Sized
+from typing import Any
+
+import optax
+from jax import Array
+
+from ..checks import (
+    ModelError,
+    arrays_of,
+    flag,
+    function,
+    path_of,
+    random_key,
+    sequence,
+    told,
+    whole,
+)
+from ..freezing import Frozen
+from ..layer import Layer
+from ..losses import Loss
+from ..recursion import check_model
+from .batches import Batches, Padded, each_epoch
+from .checkpoints import Checkpoints
+from .evaluation import Metric, Targets, check_metrics, evaluate
+from .history import Run
+from .interrupts import Interrupts
+from .loop import Training
+from .steps import Setting
+
+Tree = Any
+
+
+def fit(
+    model: Layer,
+    loss: Loss,
+    params: Tree,
+    batches: Batches,
+    optimizer: optax.GradientTransformation,
+    *,
+    epochs: int | None = None,
+    steps: int | None = None,
+    key: Array | None = None,
+    method: str = "manual",
+    frozen: Frozen = None,
+    microbatch: int | None = None,
+    evaluation: Batches | None = None,
+    metrics: Mapping[str, Metric] | None = None,
+    callbacks: Sequence[Callable[[Run], Any]] = (),
+    every: int | None = None,
+    stop_on_nan: bool = True,
+    progress: bool = False,
+    checkpoints: str | os.PathLike[str] | None = None,
+    resume: bool = False,
+) -> Run:
+    """Trains a model: one step of the optimiser for each batch.
+
+        g = ∂/∂θ Σₙ wₙ Cₙ / Σₙ wₙ,    θ ← θ + optimiser(g)
+
+    Args:
+      params: the parameters to start from. They are copied; the caller's stay usable.
+      batches: an iterable of batches (x, y) or (x, y, weights), run through once per epoch, or a
+        function ``epoch -> iterable``, such as ``bp.minibatches`` makes. A smaller batch is filled
+        up with examples of weight 0 rather than compiled for, unless a layer mixes examples.
+        What layers keep as state, such as running averages, is renewed with each batch.
+      optimizer: any ``optax.GradientTransformation``. Schedules and clipping are optax's:
+        ``optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))``.
+      epochs, steps: how long to train; one of the two.
+      key: for the noise of layers such as dropout: step i draws from ``fold_in(key, i)``. Without
+        a key there is no noise.
+      method, frozen, microbatch: as in ``bp.value_and_grad``. The optimiser never meets a frozen
+        parameter, so its weight decay does not either.
+      evaluation: batches to evaluate at every look at the run.
+      metrics: what to evaluate besides the loss, as in ``bp.evaluate``.
+      callbacks: functions of the ``bp.Run`` so far, called at every look. Its arrays are good
+        during the call alone: training uses their buffers again. One that returns True ends the
+        run.
+      every: steps between looks; None to look at the end of each epoch. A look reads the losses,
+        evaluates, calls the callbacks and writes a checkpoint. After the last step there is one.
+      stop_on_nan: whether a loss that is not finite ends the run. It is found at the next look,
+        or within 256 steps: no step waits for its loss.
+      progress: whether to show a progress bar, where tqdm is installed.
+      checkpoints: a folder for checkpoints (the extra ``checkpoint``). The two latest are kept. A
+        process killed at any moment leaves the last complete one. One that Ctrl-C ends leaves one
+        of its last step before ``KeyboardInterrupt`` goes on; a second Ctrl-C ends it at once. One
+        run at a time writes in a folder.
+      resume: whether to go on from the latest checkpoint in the folder, if it has one. Parameters,
+        optimiser, noise and history become those of a run that never stopped, bit for bit, if
+        ``batches`` gives each epoch the same batches again. Another model, loss, kind of optimiser,
+        key or choice of frozen parameters is refused, functions of the same name but another
+        content included. Another learning rate or option of the optimiser, batch size, order of
+        the batches, method, microbatch or version of JAX is taken, and said by a ``UserWarning``.
+        To compare, the first batch of the first epoch is asked for once more.
+
+    Returns:
+      The ``bp.Run``.
+
+    Raises:
+      FloatingPointError: where a loss is not finite, with its step.
+      KeyboardInterrupt: after Ctrl-C.
+      ModelError: where a batch does not fit the model, and where a checkpoint is of another run,
+        with the file and every difference.
+      OSError: where a checkpoint cannot be written, with its step and the latest complete one.
+      ValueError: for an argument out of range; for an iterator that can be run through only once
+        and more than one epoch; for a checkpoint that cannot be read; for a folder that has
+        checkpoints if ``resume`` is False, or in which another run writes.
+
+    Example:
+      >>> model, loss = bp.dense(1), bp.losses.squared_error
+      >>> params = model.init(jax.random.key(0), jnp.ones(1))
+      >>> x = jnp.linspace(-1, 1, 64)[:, None]
+      >>> batches = bp.minibatches(x, 3 * x + 1, 16, seed=0)
+      >>> run = bp.fit(model, loss, params, batches, optax.sgd(0.5), epochs=20)
+      >>> print(run.params["weight"].round(2), run.params["bias"].round(2))
+      [[3.]] [1.]
+    """
+    check_model(model, loss)
+    _check_arguments(optimizer, epochs, steps, every, microbatch, key)
+    check_metrics(metrics)
+    for callback in sequence("callbacks", callbacks):
+        function("callbacks", callback)
+    flags_given = {"stop_on_nan": stop_on_nan, "progress": progress, "resume": resume}
+    for name, given in flags_given.items():
+        flag(name, given)
+    if checkpoints is not None:
+        path_of("checkpoints", checkpoints)
+    arrays_of("params", params)
+    options: Any = {"method": method, "frozen": frozen, "microbatch": microbatch}
+    setting = Setting.of(model, loss, params, optimizer, **options)
+    state, rest = setting.begin(params)
+    training = Training(
+        setting=setting,
+        source=each_epoch(batches, epochs),
+        state=state,
+        rest=rest,
+        key=key,
+        padded=Padded(fill=not model.mixes_examples),
+        targets=Targets(model, loss, params),
+        epochs=epochs,
+        steps=steps,
+        every=every,
+        stop_on_nan=stop_on_nan,
+        callbacks=tuple(callbacks),
+        interrupts=Interrupts(hold=checkpoints is not None),
+    )
+    if evaluation is not None:
+        each_epoch(evaluation, epochs=2)  # it is needed at every look
+        measure = evaluate(model, loss, metrics=metrics)
+        training.evaluate = lambda params: measure(params, evaluation)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(training.interrupts)
+        if checkpoints is not None:
+            identity = training.identity(batches)
+            training.store = stack.enter_context(Checkpoints(checkpoints, identity))
+            training.begin(resume)
+        if progress:
+            training.bar = _progress_bar(stack, training, batches)
+        training.train()
+    return training.run
+
+
+def _check_arguments(
+    optimizer: Any,
+    epochs: int | None,
+    steps: int | None,
+    every: int | None,
+    microbatch: int | None,
+    key: Array | None,
+) -> None:
+    if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
+        raise ModelError(f"optimizer: takes an optax.GradientTransformation, got {told(optimizer)}")
+    if (epochs is None) == (steps is None):
+        raise ValueError(f"takes epochs or steps, one of the two; got {epochs=}, {steps=}")
+    counts = {"epochs": epochs, "steps": steps, "every": every, "microbatch": microbatch}
+    for name, value in counts.items():
+        if value is not None:
+            whole(name, value, 0 if name in ("epochs", "steps") else 1)
+    random_key("key", key)
+
+
+def _progress_bar(stack: contextlib.ExitStack, training: Training, batches: Batches) -> Any:
+    try:
+        from tqdm.auto import tqdm
+    except ImportError:
+        return None
+    total = training.steps
+    if training.epochs is not None and isinstance(batches, Sized):
+        total = training.epochs * len(batches)
+    return stack.enter_context(tqdm(total=total, initial=training.step, unit="step"))

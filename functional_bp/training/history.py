@@ -1,0 +1,91 @@
+"""What a run recorded, and the run as far as it has come."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jax import Array
+
+Tree = Any
+
+
+@dataclass(frozen=True)
+class History:
+    """What a run recorded, as NumPy arrays.
+
+    Attributes:
+      loss: ``(steps,)``, the mean cost of each step's batch, before the step.
+      weight: ``(steps,)``, Σₙ wₙ of that batch: its number of examples, if they have no weights.
+      epoch: ``(steps,)``, the epoch that the step belongs to, from 0.
+      evaluated: ``(evaluations,)``, the number of steps done at each evaluation.
+      evaluation: ``"loss"`` and each metric over the evaluation data, ``(evaluations,)`` each.
+    """
+
+    loss: np.ndarray
+    weight: np.ndarray
+    epoch: np.ndarray
+    evaluated: np.ndarray
+    evaluation: dict[str, np.ndarray]
+
+    @property
+    def epoch_loss(self) -> np.ndarray:
+        """``(epochs,)``, the mean cost over each epoch's examples, Σ w C / Σ w."""
+        cost = np.bincount(self.epoch, self.loss * self.weight)
+        weight = np.bincount(self.epoch, self.weight)
+        return cost / np.where(weight == 0, 1, weight)
+
+    def with_steps(self, epoch: int, losses: Sequence[Array]) -> History:
+        """With further steps of an epoch; each has its loss and weight in one array."""
+        loss, weight = np.array([np.asarray(loss) for loss in losses], float).reshape(-1, 2).T
+        return dataclasses.replace(
+            self,
+            loss=np.append(self.loss, loss),
+            weight=np.append(self.weight, weight),
+            epoch=np.append(self.epoch, np.full(len(losses), epoch)),
+        )
+
+    def with_evaluation(self, step: int, values: Mapping[str, float]) -> History:
+        """With what was evaluated after so many steps."""
+        before = self.evaluation
+        return dataclasses.replace(
+            self,
+            evaluated=np.append(self.evaluated, step),
+            evaluation={k: np.append(before.get(k, np.zeros(0)), v) for k, v in values.items()},
+        )
+
+    @classmethod
+    def of(cls, arrays: Mapping[str, np.ndarray]) -> History:
+        """From its arrays by name, as a checkpoint has them."""
+        of_run = {name: array for name, array in arrays.items() if "." not in name}
+        evaluation = {
+            name.removeprefix("evaluation."): array
+            for name, array in arrays.items()
+            if name not in of_run
+        }
+        return dataclasses.replace(UNTRAINED, **of_run, evaluation=evaluation)
+
+
+UNTRAINED = History(np.zeros(0), np.zeros(0), np.zeros(0, int), np.zeros(0, int), {})
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training run as far as it has come: what ``bp.fit`` returns and gives to callbacks.
+
+    Attributes:
+      params: the parameters, frozen ones in their places.
+      opt_state: the optimiser's state.
+      step: steps done.
+      epoch: epochs completed.
+      history: losses and evaluations so far.
+    """
+
+    params: Tree
+    opt_state: Tree
+    step: int
+    epoch: int
+    history: History

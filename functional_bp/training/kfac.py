@@ -1,0 +1,175 @@
+"""K-FAC: natural-gradient steps with Kronecker factors."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array, lax
+
+from ..checks import ModelError, number, told, whole
+from ..layer import Layer
+from ..losses import Loss
+from ..quantities.curvature import Kronecker, kronecker_factors
+
+Tree = Any
+
+
+class KfacState(NamedTuple):
+    """Attributes: steps taken; decayed sums of the factors; their damped inverses."""
+
+    steps: Array
+    factors: Tree
+    inverses: Tree
+
+
+def kfac(
+    model: Layer,
+    loss: Loss,
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    batch: tuple[Tree, Tree],
+    damping: float = 1e-2,
+    decay: float = 0.95,
+    momentum: float = 0.0,
+    max_step: float | None = 1e-2,
+    inverse_every: int = 5,
+    fisher: str = "sampled",
+    shared: str = "expand",
+    microbatch: int | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Natural gradient by Kronecker-factored curvature.
+
+        A ← decay A + (1 − decay) Â,   G ← decay G + (1 − decay) Ĝ         (as averages from 0)
+        u = (G + √λ/π I)⁻¹ g (A + π √λ I)⁻¹,   π² = (tr A / dim A) / (tr G / dim G)
+        u ← u · min(1, √(κ / (η² ⟨u, g⟩)))
+        θ ← θ − η (momentum of u)
+
+    λ is the damping, split between the factors by π; κ, ``max_step``, bounds the squared length
+    of a step in the metric of the Fisher matrix, and with it how far predictions move. (Martens
+    & Grosse 2015, section 6.3; Ba et al. 2017, section 5.)
+
+    Args:
+      learning_rate: η, or an optax schedule.
+      batch: ``(x, y)`` of any size, or its shapes: which parameters have factors, and of what
+        shapes, shows only with inputs.
+      damping: λ, above 0.
+      decay: of the averages of A and G, in [0, 1).
+      momentum: of the steps, in [0, 1). ``max_step`` bounds u before momentum adds up steps.
+      max_step: κ, above 0; None for no bound.
+      inverse_every: steps between inversions; the first step inverts.
+      fisher, shared, microbatch: as in ``bp.kronecker_factors``.
+
+    Returns:
+      A transformation whose ``update(gradient, state, params, *, x, y, weights=None, key=None)``
+      also takes the batch that the gradient is of, and a key if ``fisher`` is ``"sampled"``. A
+      parameter without factors is stepped along its gradient.
+
+    Raises:
+      ModelError: for an argument out of its range, and as ``bp.kronecker_factors``.
+
+    Example:
+      >>> model, loss = bp.dense(2), bp.losses.softmax_cross_entropy
+      >>> params = model.init(jax.random.key(0), jnp.ones(3))
+      >>> x, y = jax.random.normal(jax.random.key(1), (64, 3)), jnp.arange(64) % 2
+      >>> optimizer = bp.kfac(model, loss, 0.1, batch=(x, y))
+      >>> run = bp.fit(model, loss, params, [(x, y)], optimizer, epochs=3, key=jax.random.key(2))
+      >>> bool(run.history.loss[-1] < run.history.loss[0])
+      True
+    """
+    if not callable(learning_rate):
+        number("learning_rate", learning_rate, least=0)
+    if not isinstance(batch, tuple) or len(batch) != 2:
+        raise ModelError(f"batch: takes the tuple (x, y) of a batch, got {told(batch)}")
+    number("damping", damping, above=0)
+    number("decay", decay, least=0, below=1)
+    number("momentum", momentum, least=0, below=1)
+    if max_step is not None:
+        number("max_step", max_step, above=0)
+    whole("inverse_every", inverse_every)
+    estimate = kronecker_factors(model, loss, fisher=fisher, shared=shared, microbatch=microbatch)
+
+    def init(params: Tree) -> KfacState:
+        key = jax.random.key(0)
+        shapes = jax.eval_shape(lambda x, y: estimate(params, x, y, key=key), *batch)
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+        return KfacState(jnp.zeros((), jnp.int32), zeros, zeros)
+
+    def update(
+        gradient: Tree,
+        state: KfacState,
+        params: Tree = None,
+        *,
+        x: Tree,
+        y: Tree,
+        weights: Array | None = None,
+        key: Array | None = None,
+        **_: Any,
+    ) -> tuple[Tree, KfacState]:
+        new = estimate(params, x, y, weights=weights, key=key)
+        factors = jax.tree.map(lambda f, n: decay * f + (1 - decay) * n, state.factors, new)
+        steps = state.steps + 1
+
+        def inverted() -> Tree:
+            unbiased = jax.tree.map(lambda f: f / (1 - decay**steps), factors)
+            return jax.tree.map(
+                lambda f: damped_inverses(f, damping), unbiased, is_leaf=_is_kronecker
+            )
+
+        inverses = lax.cond(state.steps % inverse_every == 0, inverted, lambda: state.inverses)
+        step = jax.tree.map(_preconditioned, gradient, inverses)
+        if max_step is not None:
+            rate = learning_rate(state.steps) if callable(learning_rate) else learning_rate
+            products = jax.tree.map(lambda u, g: jnp.vdot(u, g), step, gradient)
+            length = rate**2 * sum(jax.tree.leaves(products))
+            shrink = jnp.sqrt(max_step / jnp.maximum(max_step, length))
+            step = jax.tree.map(lambda u: (shrink * u).astype(u.dtype), step)
+        return step, KfacState(steps, factors, inverses)
+
+    return optax.with_extra_args_support(
+        optax.chain(
+            optax.GradientTransformationExtraArgs(init, update),
+            optax.trace(momentum),
+            optax.scale_by_learning_rate(learning_rate),
+        )
+    )
+
+
+def damped_inverses(factors: Kronecker, damping: float) -> Kronecker:
+    """(A + π √λ I)⁻¹ and (G + √λ/π I)⁻¹, π² = (tr A / dim A) / (tr G / dim G).
+
+    An all-zero factor, of a parameter that has had no gradient yet, leaves π = 1.
+    """
+
+    def mean_eigenvalue(m: Array) -> Array:
+        return jnp.trace(m, axis1=-2, axis2=-1) / m.shape[-1]
+
+    a, g = mean_eigenvalue(factors.A), mean_eigenvalue(factors.G)
+    usual = (a > 0) & (g > 0)
+    pi = jnp.sqrt(jnp.where(usual, a, 1) / jnp.where(usual, g, 1))
+    root = damping**0.5
+    return Kronecker(_inverse(factors.A, pi * root), _inverse(factors.G, root / pi))
+
+
+def _inverse(m: Array, damping: Array) -> Array:
+    """(M + λI)⁻¹ of a symmetric M, by Cholesky."""
+    eye = jnp.eye(m.shape[-1], dtype=m.dtype)
+
+    def one(m: Array, damping: Array) -> Array:
+        return jax.scipy.linalg.cho_solve((jnp.linalg.cholesky(m + damping * eye), True), eye)
+
+    return jnp.vectorize(one, signature="(i,i),()->(i,i)")(m, damping)
+
+
+def _is_kronecker(node: Any) -> bool:
+    return isinstance(node, Kronecker)
+
+
+def _preconditioned(g: Array, inverses: Kronecker | None) -> Array:
+    if inverses is None:
+        return g
+    A, G = inverses
+    matrix = g if g.ndim == A.ndim else g[..., None]
+    return jnp.matmul(jnp.matmul(G, matrix), A).reshape(g.shape).astype(g.dtype)

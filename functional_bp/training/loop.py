@@ -1,0 +1,224 @@
+"""A run under way: steps, looks between them, and checkpoints."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import numpy as np
+from jax import Array
+
+from ..checks import abstract
+from .batches import Batch, Batches, Padded, with_first
+from .checkpoints import Checkpoints, Position
+from .evaluation import Targets
+from .history import UNTRAINED, History, Run
+from .interrupts import Interrupts
+from .program import contents_of, program_of
+from .run_identity import Identity, described_run, described_settings, hyperparameters
+from .steps import Setting, State, advance, halves
+
+Tree = Any
+
+_NO_BATCH: Any = object()
+_MOST_UNREAD = 256  # steps that may pass before the host reads their losses
+
+
+@dataclass(kw_only=True)
+class Training:
+    """A run under way: its arrays, its place in the data, and what the host knows of it."""
+
+    setting: Setting
+    source: Callable[[int], Iterable[Batch]]
+    state: State
+    rest: Tree
+    key: Array | None
+    padded: Padded
+    targets: Targets
+    epochs: int | None
+    steps: int | None
+    every: int | None
+    stop_on_nan: bool
+    callbacks: tuple[Callable[[Run], Any], ...]
+    interrupts: Interrupts
+    evaluate: Callable[[Tree], dict[str, float]] | None = None
+    store: Checkpoints | None = None
+    bar: Any = None
+    epoch: int = 0
+    batch: int = 0
+    step: int = 0
+    looked: int = 0
+    saved: int = 0
+    stopped: bool = False
+    unread: list[Array] = field(default_factory=list)
+    history: History = UNTRAINED
+
+    @property
+    def run(self) -> Run:
+        params = self.state.params(self.rest)
+        return Run(params, self.state.opt_state, self.step, self.epoch, self.history)
+
+    @property
+    def at_look(self) -> bool:
+        """Whether the run stands where it is looked at."""
+        return self.batch == 0 if self.every is None else self.step % self.every == 0
+
+    @property
+    def finished(self) -> bool:
+        over = self.epochs is not None and self.epoch >= self.epochs
+        return self.stopped or over or (self.steps is not None and self.step >= self.steps)
+
+    def train(self) -> None:
+        try:
+            if self.at_look:  # a run that was interrupted at a look has it before it
+                self.look()
+            while not self.finished:
+                for batch in self.batches_left():
+                    self.take_step(batch)
+                    if self.finished:
+                        break
+                else:
+                    self.end_epoch()
+            self.look()
+        except KeyboardInterrupt:
+            if self.store is not None and self.interrupts.whole:
+                self.read()
+                self.save()
+            raise
+
+    def batches_left(self) -> Iterator[Batch]:
+        """Those of the epoch, each fetched while nothing is in the making."""
+        with self.interrupts.allowed():
+            left = itertools.islice(self.source(self.epoch), self.batch, None)
+        while True:
+            with self.interrupts.allowed():
+                batch = next(left, _NO_BATCH)
+            if batch is _NO_BATCH:
+                return
+            yield batch
+
+    def take_step(self, batch: Batch) -> None:
+        x, y, weights = self.padded(batch)
+        self.targets.add(x, y, self.padded.usual)
+        self.state, loss = advance(self.setting)(self.state, self.rest, x, y, weights, self.key)
+        self.unread.append(loss)
+        self.step += 1
+        self.batch += 1
+        if self.bar is not None:
+            self.bar.update()
+        if self.at_look:
+            self.look()
+        elif len(self.unread) == _MOST_UNREAD:
+            self.read()
+
+    def end_epoch(self) -> None:
+        if self.batch == 0:
+            raise ValueError(f"batches: takes at least one per epoch, got none in {self.epoch + 1}")
+        self.read()
+        self.epoch += 1
+        self.batch = 0
+        if self.at_look:
+            self.look()
+
+    def read(self) -> None:
+        """Brings the losses of the latest steps, all of one epoch, to the host."""
+        self.targets.check()
+        known = len(self.history.loss)
+        self.history = self.history.with_steps(self.epoch, self.unread)
+        self.unread = []
+        bad = np.flatnonzero(~np.isfinite(self.history.loss[known:]))
+        if self.stop_on_nan and bad.size:
+            step = known + int(bad[0])
+            batch = step - int(np.argmax(self.history.epoch == self.epoch))
+            raise FloatingPointError(
+                f"the loss is {self.history.loss[step]} at step {step + 1}, batch {batch + 1} of "
+                f"epoch {self.epoch + 1}"
+            )
+
+    def look(self) -> None:
+        """What the host does between steps; nothing, if it has done so since the last one."""
+        if self.looked == self.step:
+            return
+        self.read()
+        with self.interrupts.allowed():
+            run = self.run
+            if self.evaluate is not None:
+                history = run.history.with_evaluation(self.step, self.evaluate(run.params))
+                run = dataclasses.replace(run, history=history)
+            if self.bar is not None:
+                self.bar.set_postfix(loss=f"{run.history.epoch_loss[-1]:.4g}")
+            stopped = any([callback(run) is True for callback in self.callbacks])
+        # Noted when it is over: who goes on with a run that was interrupted here looks again.
+        self.history, self.stopped, self.looked = run.history, stopped, self.step
+        self.save()
+
+    def save(self) -> None:
+        """Writes a checkpoint, unless there is one of this step."""
+        if self.store is None or self.saved == self.step:
+            return
+        self.saved = self.step
+        position = Position(
+            self.step, self.epoch, self.batch, self.padded.rows, self.stopped, self.looked
+        )
+        self.store.save(self.kept, dataclasses.asdict(self.history), position)
+
+    @property
+    def kept(self) -> dict[str, Tree]:
+        """The arrays that a checkpoint holds."""
+        return {"params": self.run.params, "opt_state": self.state.opt_state, "key": self.key}
+
+    def identity(self, batches: Batches) -> Identity:
+        """What the run is, as far as it can be known: all of it, if there is a batch.
+
+        What a step computes is traced for two examples, so that batches may be of another size.
+        """
+        model, loss, _, method, _, microbatch = self.setting
+        settings = {"method": method, "microbatch": str(microbatch or "none")}
+        run = described_run(model, loss, self.kept, self.rest)
+        fingerprints = {"hyperparameters": hyperparameters(self.state.opt_state)}
+        batch, self.source = with_first(batches, self.source)
+        if batch is None:
+            return Identity(run, settings, fingerprints)
+        first = Padded(fill=False)(batch)
+        x, y, weights = first if model.mixes_examples else jax.tree.map(_two_of, first)
+        of_step = {"x": x, "y": y, "weights": weights, "key": self.key}
+        params, trained = self.run.params, self.state.trained
+        of_whole = halves(self.setting._replace(microbatch=None))
+        gradient, results = program_of(of_whole.gradient, params, of_step)
+        cost, _, of_trained = results
+        update, _ = program_of(
+            *(of_whole.update, params, trained, self.state.opt_state, of_step, cost, of_trained)
+        )
+        return Identity(
+            run,
+            settings | described_settings(model, first),
+            fingerprints
+            | {"gradient": gradient, "update": update, "first batch": contents_of(first)},
+        )
+
+    def begin(self, resume: bool) -> None:
+        """Goes to where the latest checkpoint was written, if there is one."""
+        assert self.store is not None
+        if self.store.latest is None:
+            return
+        if not resume:
+            raise ValueError(
+                f"checkpoints: {self.store.folder} has a checkpoint of step {self.store.latest}; "
+                "resume=True goes on from it, another folder begins anew"
+            )
+        kept, arrays, position = self.store.restore(self.kept)
+        self.state, self.rest = self.setting.split(kept["params"], kept["opt_state"], position.step)
+        self.step = self.saved = position.step
+        self.looked = position.looked
+        self.epoch, self.batch, self.stopped = position.epoch, position.batch, position.stopped
+        self.padded.rows = position.rows
+        self.history = History.of(arrays)
+
+
+def _two_of(leaf: Array) -> jax.ShapeDtypeStruct:
+    """The shape of a batch's array, were it of two examples."""
+    return abstract((2, *leaf.shape[1:]), leaf.dtype)

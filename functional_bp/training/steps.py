@@ -1,0 +1,177 @@
+"""One step of training: the gradient of a batch, and what the optimiser makes of it."""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+from ..freezing import frozen_leaves, merged, trainable
+from ..layer import Layer
+from ..losses import Loss
+from ..quantities.gradients import value_and_grad
+from ..recursion import with_loss
+
+Tree = Any
+
+
+class State(NamedTuple):
+    """What a step changes. Its buffers are given away at each step.
+
+    Attributes:
+      trained: the parameters that are trained, None elsewhere.
+      running: the layers' state, such as running averages, None elsewhere.
+      opt_state: the optimiser's state.
+      step: steps done.
+    """
+
+    trained: Tree
+    running: Tree
+    opt_state: Tree
+    step: Array
+
+    def params(self, rest: Tree) -> Tree:
+        """All parameters, given those that are frozen."""
+        return merged(self.trained, merged(self.running, rest))
+
+
+class Setting(NamedTuple):
+    """What a step computes, as values that can be looked up.
+
+    Attributes:
+      frozen: a tree of bools as its structure and leaves.
+    """
+
+    model: Layer
+    loss: Loss
+    optimizer: optax.GradientTransformation
+    method: str
+    frozen: tuple[Any, tuple[bool, ...]]
+    microbatch: int | None
+
+    @classmethod
+    def of(
+        cls,
+        model: Layer,
+        loss: Loss,
+        params: Tree,
+        optimizer: optax.GradientTransformation,
+        *,
+        method: str,
+        frozen: Any,
+        microbatch: int | None,
+    ) -> Setting:
+        frozen = frozen_leaves(params, frozen)
+        flags = (jax.tree.structure(frozen), tuple(jax.tree.leaves(frozen)))
+        return cls(model, loss, optimizer, method, flags, microbatch)
+
+    def untrained(self, params: Tree) -> Tree:
+        """True at parameters that are frozen or state."""
+        return jax.tree.map(operator.or_, self.is_frozen, self.is_state(params))
+
+    @property
+    def is_frozen(self) -> Tree:
+        return jax.tree.unflatten(*self.frozen)
+
+    def is_state(self, params: Tree) -> Tree:
+        return with_loss(self.model, self.loss).is_state(params)
+
+    def begin(self, params: Tree) -> tuple[State, Tree]:
+        """The state before the first step, in buffers of its own, and the frozen parameters."""
+        params = _copied(params)
+        opt_state = _copied(self.optimizer.init(trainable(params, self.untrained(params))))
+        return self.split(params, opt_state, 0)
+
+    def split(self, params: Tree, opt_state: Tree, step: int) -> tuple[State, Tree]:
+        """The state of a run, and the parameters that are not in it."""
+        untrained, is_state = self.untrained(params), self.is_state(params)
+        running = trainable(params, jax.tree.map(operator.not_, is_state))
+        in_state = jax.tree.map(lambda u, s: s or not u, untrained, is_state)
+        rest = trainable(params, in_state)
+        return State(trainable(params, untrained), running, opt_state, jnp.asarray(step)), rest
+
+
+class Halves(NamedTuple):
+    """A step's two halves.
+
+    Attributes:
+      gradient: ``(params, batch) -> (cost, running, gradient)``.
+      update: ``(params, trained, opt_state, batch, cost, gradient) -> (trained, opt_state)``.
+    """
+
+    gradient: Callable[..., tuple[Array, Tree, Tree]]
+    update: Callable[..., tuple[Tree, Tree]]
+
+
+def halves(setting: Setting) -> Halves:
+    """The halves of a step; ``batch`` is a dict of x, y, weights and key."""
+    model, loss, optimizer, method, _, microbatch = setting
+    options: Any = {"frozen": setting.is_frozen}
+    plain = value_and_grad(model, loss, method=method, microbatch=microbatch, **options)
+    differentiable = value_and_grad(model, loss, method="autodiff", **options)
+    optimizer = optax.with_extra_args_support(optimizer)
+
+    def gradient(params: Tree, batch: Tree) -> tuple[Array, Tree, Tree]:
+        running = jax.tree.map(operator.not_, setting.is_state(params))
+        if all(jax.tree.leaves(running)):  # no layer has any state
+            cost, gradient = plain(params, **batch)
+            return cost, trainable(params, running), gradient
+        renewing = value_and_grad(
+            model, loss, method=method, microbatch=microbatch, renew=True, **options
+        )
+        (cost, params), gradient = renewing(params, **batch)
+        return cost, trainable(params, running), gradient
+
+    def update(
+        params: Tree, trained: Tree, opt_state: Tree, batch: Tree, cost: Array, gradient: Tree
+    ) -> tuple[Tree, Tree]:
+        def value_fn(
+            trained: Tree,
+            x: Tree = batch["x"],
+            y: Tree = batch["y"],
+            weights: Array = batch["weights"],
+            key: Any = batch["key"],
+        ) -> Array:
+            return differentiable(merged(trained, params), x, y, weights=weights, key=key)[0]
+
+        # What some optimisers ask for besides: plateaus the cost, line searches the function,
+        # curvature the batch.
+        extra = {**batch, "value": cost, "grad": gradient, "value_fn": value_fn}
+        updates, opt_state = optimizer.update(gradient, opt_state, trained, **extra)
+        return optax.apply_updates(trained, updates), opt_state
+
+    return Halves(gradient, update)
+
+
+@functools.lru_cache(maxsize=32)
+def advance(setting: Setting) -> Callable[..., tuple[State, Array]]:
+    """The compiled step: ``(state, rest, x, y, weights, key) -> (state, [loss, Σ w])``.
+
+    It is kept, so that a second run of the same model does not compile.
+    """
+    gradient_of, update = halves(setting)
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def advance(
+        state: State, rest: Tree, x: Tree, y: Tree, weights: Array, key: Array | None
+    ) -> tuple[State, Array]:
+        params = state.params(rest)
+        key = None if key is None else jax.random.fold_in(key, state.step)
+        batch = {"x": x, "y": y, "weights": weights, "key": key}
+        cost, running, gradient = gradient_of(params, batch)
+        trained, opt_state = update(params, state.trained, state.opt_state, batch, cost, gradient)
+        state = State(trained, running, opt_state, state.step + 1)
+        return state, jnp.stack([cost, weights.sum().astype(cost.dtype)])
+
+    return advance
+
+
+def _copied(tree: Tree) -> Tree:
+    """Every leaf in a buffer of its own, which may be given away."""
+    return jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), tree)
