@@ -23,18 +23,22 @@ def _product(y: Array, cost: Array) -> Array:
     return jnp.where(y == 0, 0, y * jnp.where(y == 0, 0, cost))
 
 
+def _below_highest(a: Array) -> Array:
+    """The logits less what they have in common, which is exact: at 1e5, float32 would have two
+    digits left for the cost. Cost and δ both begin with it, so that XLA takes e^a once for both."""
+    a = a.astype(accumulator(a))
+    highest = jax.lax.stop_gradient(a.max(-1, keepdims=True))
+    return a - jnp.where(jnp.isfinite(highest), highest, 0)
+
+
 def _softmax_value(a: Array, y: Tree) -> Array:
     y, mask = target_and_mask(a, y)
-    a = a.astype(accumulator(a))
-    # What all logits have in common is taken off first, which is exact: at 1e5, float32 would have
-    # two digits left for the cost.
-    highest = jax.lax.stop_gradient(a.max(-1, keepdims=True))
-    highest = jnp.where(jnp.isfinite(highest), highest, 0)
-    log_z = jnp.log(jnp.exp(a - highest).sum(-1))
+    a = _below_highest(a)
+    log_z = jnp.log(jnp.exp(a).sum(-1))
     if is_ids(a, y):
-        costs = log_z - (jnp.take_along_axis(a, y[..., None], axis=-1) - highest)[..., 0]
+        costs = log_z - jnp.take_along_axis(a, y[..., None], axis=-1)[..., 0]
     else:
-        costs = _product(y, log_z[..., None] - (a - highest)).sum(-1)
+        costs = _product(y, log_z[..., None] - a).sum(-1)
     if mask is None:
         return costs.mean()
     return jnp.where(mask, costs, 0).sum() / jnp.maximum(1, mask.sum())
@@ -43,13 +47,18 @@ def _softmax_value(a: Array, y: Tree) -> Array:
 def _softmax_delta(a: Array, y: Tree) -> Array:
     y, mask = target_and_mask(a, y)
     positions: Any = max(1, a.size // a.shape[-1])
-    p = jax.nn.softmax(a.astype(accumulator(a)), axis=-1)
+    e = jnp.exp(_below_highest(a))
+    z = e.sum(-1, keepdims=True)
     if is_ids(a, y):
-        # p − one_hot(y) without making the one-hot.
-        classes = jax.lax.broadcasted_iota(y.dtype, p.shape, p.ndim - 1)
-        delta = jnp.where(classes == y[..., None], p - 1, p)
+        # p − one_hot(y) without making the one-hot: where the cost reads the target's logit, z is
+        # taken off e, in place, before the division that all of p needs anyway. (The places do not
+        # wait for the forward pass. With a second thing ready at the start, XLA's CPU runtime runs
+        # the products in its own pool, not beside it in a third thread: of an MLP's step at batch
+        # 128, a compare and a select in place of this took 7 to 9 % more on two cores.)
+        target = (*jnp.indices(y.shape, sparse=True), y)
+        delta = e.at[target].add(-z[..., 0], unique_indices=True) / z
     else:
-        delta = p * y.sum(-1, keepdims=True) - y
+        delta = e / z * y.sum(-1, keepdims=True) - y
     if mask is not None:
         delta, positions = jnp.where(mask[..., None], delta, 0), jnp.maximum(1, mask.sum())
     return (delta / positions).astype(a.dtype)
