@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax import Array
 
 import functional_bp as bp
@@ -30,11 +31,19 @@ loss = bp.losses.softmax_cross_entropy
 def rows() -> Iterable[Row]:
     manual = bp.value_and_grad(model, loss)
     usual = jax.value_and_grad(mean_cost)
+    of_optax = jax.value_and_grad(mean_of(optax.softmax_cross_entropy_with_integer_labels))
     for batch in (1, 32, 128, 1024):
         yield Row(
             f"loss and gradient, batch {batch}",
-            [ours(batch, manual), plain(batch, "usual: jax.value_and_grad", usual)],
+            [
+                ours(batch, manual),
+                plain(batch, "usual: jax.value_and_grad, optax's loss", of_optax),
+                plain(batch, "usual: jax.value_and_grad, log-sum-exp", usual),
+            ],
         )
+    for name, (losses, network, target) in OTHERS.items():
+        for batch in (10,) if network is nielsen else (1, 32, 128, 1024):
+            yield Row(f"{name}, batch {batch}", list(pair(network, target, losses, batch)))
     yield Row(
         "control: the same step twice, batch 128",
         [ours(128, manual), ours(128, manual, "ours again")],
@@ -105,10 +114,10 @@ def plain(batch, name, function, **options) -> Candidate:
 # The network in plain JAX, and what one would write on it.
 
 
-def logits(params: Tree, x: Array) -> Array:
+def logits(params: Tree, x: Array, sigma=jax.nn.relu) -> Array:
     *hidden, last = params
     for p in hidden:
-        x = jax.nn.relu(x @ p["weight"].T + p["bias"])
+        x = sigma(x @ p["weight"].T + p["bias"])
     return x @ last["weight"].T + last["bias"]
 
 
@@ -118,6 +127,54 @@ def costs_of(a: Array, y: Array) -> Array:
 
 def mean_cost(params: Tree, x: Array, y: Array) -> Array:
     return costs_of(logits(params, x), y).mean()
+
+
+def mean_of(cost, sigma=jax.nn.relu):
+    return lambda params, x, y: cost(logits(params, x, sigma), y).mean()
+
+
+def half_squared(a: Array, y: Array) -> Array:
+    return 0.5 * ((jax.nn.sigmoid(a) - y) ** 2).sum(-1)
+
+
+def sigmoid_cross_entropy(a: Array, y: Array) -> Array:
+    return optax.sigmoid_binary_cross_entropy(a, y).sum(-1)
+
+
+def probabilities(key, batch):
+    return jax.nn.softmax(jax.random.normal(key, (batch, SIZES[-1])))
+
+
+nielsen = bp.chain(bp.dense(30), bp.sigmoid, bp.dense(10), bp.sigmoid)
+OTHERS = {
+    "softmax of probabilities": (
+        (bp.losses.softmax_cross_entropy, mean_of(optax.softmax_cross_entropy)),
+        model,
+        probabilities,
+    ),
+    "sigmoid cross-entropy": (
+        (bp.losses.sigmoid_cross_entropy, mean_of(sigmoid_cross_entropy)),
+        model,
+        probabilities,
+    ),
+    "Nielsen's 784-30-10, sigmoid, squared error": (
+        (bp.losses.squared_error, mean_of(half_squared, jax.nn.sigmoid)),
+        nielsen,
+        probabilities,
+    ),
+}
+
+
+def pair(network, target, losses, batch) -> Iterable[Candidate]:
+    """A loss and gradient by hand, and by autodiff of plain jnp code with optax's loss."""
+    of_ours, of_theirs = losses
+    keys = jax.random.split(jax.random.key(0), 3)
+    x, y = jax.random.normal(keys[0], (batch, SIZES[0])), target(keys[1], batch)
+    params = network.init(keys[2], x[0])
+    manual = bp.value_and_grad(network, of_ours)
+    yield Candidate("ours", lambda: (manual, (params, x, y)))
+    theirs = jax.value_and_grad(of_theirs)
+    yield Candidate("usual: jax.value_and_grad", lambda: (theirs, ([p for p in params if p], x, y)))
 
 
 def grad_of_one(params: Tree, x: Array, y: Array) -> Tree:

@@ -29,7 +29,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from .factors import Factored, Itself, Outer, Stacked, Sum
+from .factors.combined import Stacked, Sum
+from .factors.factored import Factored, Itself, Outer
 
 Tree = Any
 

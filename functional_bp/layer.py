@@ -54,6 +54,11 @@ def placed(where: str, layer: Layer) -> Layer:
     return dataclasses.replace(layer, **{name: within(getattr(layer, name)) for name in names})
 
 
+def no_parameters(key: Array, x: Tree) -> Tree:
+    """``init`` of a rule without parameters."""
+    return ()
+
+
 def none_is_state(params: Tree) -> Tree:
     """``is_state`` of a layer without state."""
     return jax.tree.map(lambda _: False, params)

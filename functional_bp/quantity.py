@@ -254,6 +254,23 @@ def of_examples(cost: Layer, formula: Formula, microbatch: int | None) -> OfExam
     return fn
 
 
+def along_vector(product: Callable[..., Any]) -> AlongVector[Any]:
+    """``product(params, x, y, v, weights, key)`` as a user calls it."""
+
+    def fn(
+        params: Tree,
+        x: Tree,
+        y: Tree,
+        v: Tree,
+        *,
+        weights: Array | None = None,
+        key: Array | None = None,
+    ) -> Any:
+        return product(params, x, y, v, weights, key)
+
+    return fn
+
+
 def _split(formula: Formula, n: int, size: int) -> Formula:
     """``formula`` of n examples, ``size`` at a time.
 

@@ -19,7 +19,7 @@ from .layer import (
     place,
     shapes_of,
 )
-from .losses import Loss
+from .losses.definition import Loss
 
 Tree = Any
 

@@ -10,6 +10,7 @@ This file alone knows ``vmap``.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -18,14 +19,18 @@ from jax import Array
 from .checks import ModelError, described, flag, function, random_key, text, told
 from .contractions import contract_layer, is_factor, keep
 from .docstrings import Equations
-from .layer import Layer, batch_size, none_is_state, not_renewed, one_of, placed, shapes_of
+from .layer import (
+    Layer,
+    batch_size,
+    no_parameters,
+    none_is_state,
+    not_renewed,
+    one_of,
+    placed,
+    shapes_of,
+)
 
 Tree = Any
-
-
-def no_parameters(key: Array, x: Tree) -> Tree:
-    """``init`` of a rule without parameters."""
-    return ()
 
 
 def rule(
@@ -86,7 +91,6 @@ def rule(
       ... )
       >>> bp.testing.check_layer(shift, jnp.ones(3))
     """
-
     text("name", name)
     given: dict[str, Any] = {"init": init, "forward": forward, "backward": backward}
     for what, value in (given | {"check": check, "renew": renew}).items():
@@ -99,73 +103,85 @@ def rule(
         raise ModelError(f"{name}: mixes_examples: takes a rule over a batch, batched=True")
     if not isinstance(state, tuple) or not all(isinstance(entry, str) for entry in state):
         raise ModelError(f"{name}: state: takes a tuple of names, got {told(state)}")
+    of_example = _Rule(init, forward, backward, check, random, batched, state)
+    layer = Layer(
+        name=name,
+        init=of_example.initial,
+        forward=of_example.over_batch(forward),
+        backward=of_example.contracted,
+        reference=of_example.over_batch(reference) if reference else None,
+        renew=renew,
+        is_state=of_example.is_state if state else none_is_state,
+        in_inference=inference,
+        mixes_examples=mixes_examples,
+        equations=equations,
+        doc=doc,
+    )
+    return placed(f"{name}:", layer)
 
-    def named_init(key: Array, x: Tree) -> Tree:
+
+@dataclass(frozen=True)
+class _Rule:
+    """A rule's functions, and what they are over a batch."""
+
+    init: Callable[..., Tree]
+    forward: Callable[..., tuple[Tree, Tree]]
+    backward: Callable[..., tuple[Tree, Tree]]
+    check: Callable[[Tree, Tree], None]
+    random: bool
+    batched: bool
+    state: tuple[str, ...]
+
+    def initial(self, key: Array, x: Tree) -> Tree:
         random_key("key", key, or_none=False)
         x = shapes_of(x)
-        params = init(key, x)
-        check_all(params, x)
+        params = self.init(key, x)
+        self.check_all(params, x)
         return params
 
-    def check_all(params: Tree, x: Tree) -> None:
-        if init is no_parameters and not (isinstance(params, tuple) and params == ()):
+    def check_all(self, params: Tree, x: Tree) -> None:
+        if self.init is no_parameters and not (isinstance(params, tuple) and params == ()):
             raise ModelError(
                 f"takes no parameters, (), got {described(params)}; are they another model's?"
             )
-        check(params, x)
+        self.check(params, x)
 
-    def over_batch(function: Callable[..., Tree]) -> Callable[..., Tree]:
+    def over_batch(self, function: Callable[..., Tree]) -> Callable[..., Tree]:
         """``(params, x, key) -> …`` for one example, over a batch."""
 
         def lifted(params: Tree, x: Tree, key: Array | None = None) -> Tree:
-            check_all(params, one_of(x))
-            if batched:
+            self.check_all(params, one_of(x))
+            if self.batched:
                 return function(params, x, key)
-            if key is None or not random:
+            if key is None or not self.random:
                 return jax.vmap(lambda x: function(params, x, None))(x)
             keys = jax.random.split(key, batch_size(x))
             return jax.vmap(lambda x, key: function(params, x, key))(x, keys)
 
         return lifted
 
-    def is_state(params: Tree) -> Tree:
-        if not state:
-            return none_is_state(params)
-        if not isinstance(params, dict) or not params.keys() >= set(state):
-            raise ModelError(f"takes a dict with the state {list(state)}, got {described(params)}")
-        return jax.tree.map_with_path(lambda path, _: path[0].key in state, params)
-
-    def factored(params: Tree, residuals: Tree, dy: Tree) -> tuple[Tree, Tree]:
-        dx, factors = backward(params, residuals, dy)
-        if state:
-            params = {entry: p for entry, p in params.items() if entry not in state}
-        _check_factors(params, factors)
-        return dx, {**factors, **dict.fromkeys(state)} if state else factors
-
-    lifted = factored if batched else jax.vmap(factored, in_axes=(None, 0, 0))
-
     def contracted(
-        params: Tree, residuals: Tree, dy: Tree, contract: Tree = keep
+        self, params: Tree, residuals: Tree, dy: Tree, contract: Tree = keep
     ) -> tuple[Tree, Tree]:
-        dx, factors = lifted(params, residuals, dy)
+        factored = self.factored if self.batched else jax.vmap(self.factored, in_axes=(None, 0, 0))
+        dx, factors = factored(params, residuals, dy)
         return dx, contract_layer(contract, dy, factors)
 
-    return placed(
-        f"{name}:",
-        Layer(
-            name=name,
-            init=named_init,
-            forward=over_batch(forward),
-            backward=contracted,
-            reference=over_batch(reference) if reference else None,
-            renew=renew,
-            is_state=is_state,
-            in_inference=inference,
-            mixes_examples=mixes_examples,
-            equations=equations,
-            doc=doc,
-        ),
-    )
+    def factored(self, params: Tree, residuals: Tree, dy: Tree) -> tuple[Tree, Tree]:
+        """``backward``, with None at the state."""
+        dx, factors = self.backward(params, residuals, dy)
+        if not self.state:
+            _check_factors(params, factors)
+            return dx, factors
+        _check_factors({k: p for k, p in params.items() if k not in self.state}, factors)
+        return dx, factors | dict.fromkeys(self.state)
+
+    def is_state(self, params: Tree) -> Tree:
+        if not isinstance(params, dict) or not params.keys() >= set(self.state):
+            raise ModelError(
+                f"takes a dict with the state {list(self.state)}, got {described(params)}"
+            )
+        return jax.tree.map_with_path(lambda path, _: path[0].key in self.state, params)
 
 
 def _check_factors(params: Tree, factors: Tree) -> None:

@@ -9,8 +9,17 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from .blocks import block_of, block_size, joined_blocks, summed_blocks
-from .factored import Factored, Outer, accumulator, einsum, per_example
+from .factored import (
+    Factored,
+    Outer,
+    accumulator,
+    block_of,
+    block_size,
+    einsum,
+    joined_blocks,
+    per_example,
+    summed_blocks,
+)
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["ids", "v"], meta_fields=["rows"])

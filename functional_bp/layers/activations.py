@@ -16,8 +16,8 @@ from jax import Array, lax
 
 from ..checks import ModelError, described, flag, function, number, text
 from ..docstrings import Equations, explained
-from ..layer import Layer, check_array
-from ..rules import no_parameters, rule
+from ..layer import Layer, check_array, no_parameters
+from ..rules import rule
 
 Tree = Any
 

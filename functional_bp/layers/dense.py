@@ -11,7 +11,7 @@ from jax import Array
 
 from ..checks import ModelError, described, flag, function, whole
 from ..docstrings import explained
-from ..factors import Outer, Summed, accumulator
+from ..factors.factored import Outer, Summed, accumulator
 from ..layer import Layer, check_array
 from ..rules import rule
 

@@ -10,8 +10,8 @@ from jax import Array
 
 from ..checks import number
 from ..docstrings import explained
-from ..layer import Layer, check_array
-from ..rules import no_parameters, rule
+from ..layer import Layer, check_array, no_parameters
+from ..rules import rule
 
 Tree = Any
 

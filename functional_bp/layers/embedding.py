@@ -11,7 +11,7 @@ from jax import Array
 
 from ..checks import ModelError, described, floating, function, whole
 from ..docstrings import explained
-from ..factors import Rows
+from ..factors.rows import Rows
 from ..layer import Layer
 from ..rules import rule
 from .dense import Initializer

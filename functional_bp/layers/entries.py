@@ -11,8 +11,8 @@ from jax import Array
 from ..checks import ModelError, text
 from ..contractions import keep
 from ..docstrings import explained
-from ..layer import Layer, a_layer, combined, placed
-from ..rules import no_parameters, rule
+from ..layer import Layer, a_layer, combined, no_parameters, placed
+from ..rules import rule
 
 Tree = Any
 

@@ -13,8 +13,8 @@ from jax import Array, lax
 
 from ..checks import ModelError, described, function, text
 from ..docstrings import explained
-from ..layer import Layer
-from ..rules import no_parameters, rule
+from ..layer import Layer, no_parameters
+from ..rules import rule
 from .activations import check_features, gelu_derivative, silu_derivative
 
 Tree = Any

@@ -12,8 +12,8 @@ from jax import Array
 
 from ..checks import ModelError, described, whole
 from ..docstrings import explained
-from ..layer import Layer
-from ..rules import no_parameters, rule
+from ..layer import Layer, no_parameters
+from ..rules import rule
 from .shapes import Sizes
 
 Tree = Any

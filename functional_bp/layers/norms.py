@@ -25,7 +25,7 @@ from jax import Array, lax
 
 from ..checks import ModelError, described, flag, number, whole
 from ..docstrings import explained
-from ..factors import Summed, accumulator, wide
+from ..factors.factored import Summed, accumulator, wide
 from ..layer import Layer, check_array
 from ..rules import rule
 

@@ -8,8 +8,8 @@ from typing import Any
 import jax
 from jax import Array
 
-from ..layer import check_array
-from ..rules import no_parameters, rule
+from ..layer import check_array, no_parameters
+from ..rules import rule
 
 Tree = Any
 

@@ -41,18 +41,11 @@ def repeat(layer: Layer, n: int) -> Layer:
     one = placed("repeat", a_layer("repeat: layer", layer))
     whole("repeat: n", n)
 
-    def check(x: Tree, y: Tree) -> None:
-        if described(y) != described(x):
-            raise ModelError(
-                f"repeat {layer.name}: takes a layer that keeps the shape and dtype of its input, "
-                f"got {described(x)} to {described(y)}"
-            )
-
     def init(key: Array, x: Tree) -> Tree:
         random_key("key", key, or_none=False)
         params = jax.vmap(lambda k: one.init(k, x))(jax.random.split(key, n))
         first = jax.tree.map(lambda leaf: leaf[0], params)
-        check(shapes_of(x), output_shape(one, first, x))
+        _check_kept(layer, shapes_of(x), output_shape(one, first, x))
         return params
 
     def forward(params: Tree, x: Tree, key: Array | None = None) -> tuple[Tree, Tree]:
@@ -62,7 +55,7 @@ def repeat(layer: Layer, n: int) -> Layer:
         def step(a: Tree, of_layer: Tree) -> tuple[Tree, _Shared]:
             p, k = of_layer
             y, r = one.forward(p, a, k)
-            check(a, y)
+            _check_kept(layer, a, y)
             return y, _Shared.of(a, y, r)
 
         y, stack = lax.scan(step, x, (params, keys), length=n)
@@ -149,6 +142,14 @@ class _Shared:
 
 
 _OUTPUT = -1
+
+
+def _check_kept(layer: Layer, x: Tree, y: Tree) -> None:
+    if described(y) != described(x):
+        raise ModelError(
+            f"repeat {layer.name}: takes a layer that keeps the shape and dtype of its input, "
+            f"got {described(x)} to {described(y)}"
+        )
 
 
 def _check_stack(n: int, params: Tree) -> None:

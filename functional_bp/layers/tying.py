@@ -11,9 +11,9 @@ from jax import Array
 from ..checks import ModelError, described, told
 from ..contractions import asks_layers, broadcast, contract_factors, keep
 from ..docstrings import explained
-from ..factors import Sum
+from ..factors.combined import Sum
 from ..layer import Layer, a_layer, combined
-from ..losses import Loss
+from ..losses.definition import Loss
 
 Tree = Any
 Path = tuple[Any, ...]

@@ -10,7 +10,7 @@ from jax import Array
 
 from ..checks import number
 from ..docstrings import explained
-from ..factors import accumulator
+from ..factors.factored import accumulator
 from ..layer import place
 from .definition import Loss, loss
 from .targets import ids_or_probabilities, is_ids, same_shape, target_and_mask

@@ -14,9 +14,8 @@ from jax import Array
 from ..checks import ModelError, described, function, text, told
 from ..contractions import contract_factors, is_factor, keep
 from ..docstrings import Equations, composed, stated
-from ..factors import per_example
-from ..layer import Layer, a_layer, placed
-from ..rules import no_parameters
+from ..factors.factored import per_example
+from ..layer import Layer, a_layer, no_parameters, placed
 
 Tree = Any
 

@@ -8,7 +8,7 @@ from jax import Array
 
 from ..checks import number
 from ..docstrings import explained
-from ..factors import accumulator
+from ..factors.factored import accumulator
 from .definition import Loss, loss
 from .targets import same_shape
 

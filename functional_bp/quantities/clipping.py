@@ -15,7 +15,7 @@ from jax import Array, lax
 from ..checks import ModelError, choice, flag, number, whole
 from ..contractions import contract_factors, keep, squared_norms, total, weighted
 from ..layer import Layer
-from ..losses import Loss
+from ..losses.definition import Loss
 from ..quantity import Batch, OfBatch, Recursion, Results, in_batches, learned, like
 from ..recursion import check_batch, separate
 from .norms import GROUPS, examples_first, norms_of
@@ -104,7 +104,7 @@ def clipped_grad(
         r = batch.recursion(cost)
         kept = r.backward(r.ones, keep) if recursions == 1 else None
         squared = _asked(r, squared_norms, kept)
-        norms = norms_of(squared, per, r)
+        norms = norms_of(squared, per, r.costs)
         finite = _all_finite(norms)
         weights = jnp.where(finite, r.weights, 0)
         scales = _clipping_weights(norms, max_norm, weights / batch.given)

@@ -21,11 +21,21 @@ from jax import Array, lax
 
 from ..checks import ModelError, choice, whole
 from ..contractions import second_moment, second_order, squared_norms, total
-from ..factors import per_example
+from ..factors.factored import per_example
 from ..layer import Layer
 from ..layers.chains import chain
-from ..losses import Loss
-from ..quantity import AlongVector, Batch, OfBatch, Results, in_batches, learned, like, of_batch
+from ..losses.definition import Loss
+from ..quantity import (
+    AlongVector,
+    Batch,
+    OfBatch,
+    Results,
+    along_vector,
+    in_batches,
+    learned,
+    like,
+    of_batch,
+)
 from ..recursion import forward_pass, separate, with_loss
 from .gradients import grad
 from .inner_products import vector
@@ -62,21 +72,15 @@ def hvp(model: Layer, loss: Loss, *, microbatch: int | None = None) -> AlongVect
     gradient = grad(model, loss, microbatch=microbatch)
     cost = with_loss(model, loss)
 
-    def fn(
-        params: Tree,
-        x: Tree,
-        y: Tree,
-        v: Tree,
-        *,
-        weights: Array | None = None,
-        key: Array | None = None,
+    def product(
+        params: Tree, x: Tree, y: Tree, v: Tree, weights: Array | None, key: Array | None
     ) -> Tree:
         def of(params: Tree) -> Tree:
             return gradient(params, x, y, weights=weights, key=key)
 
         return jax.jvp(of, (params,), (vector(cost, params, v),))[1]
 
-    return fn
+    return along_vector(product)
 
 
 def ggnvp(model: Layer, loss: Loss, *, microbatch: int | None = None) -> AlongVector[Tree]:
@@ -107,19 +111,13 @@ def ggnvp(model: Layer, loss: Loss, *, microbatch: int | None = None) -> AlongVe
 
     run = in_batches(cost, formula, microbatch, mean=True)
 
-    def fn(
-        params: Tree,
-        x: Tree,
-        y: Tree,
-        v: Tree,
-        *,
-        weights: Array | None = None,
-        key: Array | None = None,
+    def product(
+        params: Tree, x: Tree, y: Tree, v: Tree, weights: Array | None, key: Array | None
     ) -> Tree:
         results = run(params, x, y, weights, key, vector(cost, params, v))
         return like(learned(cost, params), results.gradients)
 
-    return fn
+    return along_vector(product)
 
 
 def ggn_diagonal(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal, overload
+from typing import Any
 
 import jax
 from jax import Array
@@ -12,7 +12,7 @@ from ..checks import ModelError, choice, flag
 from ..contractions import drop, each_delta, total
 from ..freezing import Frozen, check_frozen, frozen_leaves, merged, trainable
 from ..layer import Layer, textbook
-from ..losses import Loss
+from ..losses.definition import Loss
 from ..quantity import Batch, OfBatch, OfExamples, Results, in_batches, like, of_examples
 from ..recursion import with_loss
 
@@ -20,26 +20,6 @@ Tree = Any
 METHODS = ("manual", "autodiff")
 
 
-@overload
-def value_and_grad(
-    model: Layer,
-    loss: Loss,
-    *,
-    method: str = ...,
-    frozen: Frozen = ...,
-    microbatch: int | None = ...,
-    renew: Literal[False] = ...,
-) -> OfBatch[tuple[Array, Tree]]: ...
-@overload
-def value_and_grad(
-    model: Layer,
-    loss: Loss,
-    *,
-    method: str = ...,
-    frozen: Frozen = ...,
-    microbatch: int | None = ...,
-    renew: bool,
-) -> OfBatch[tuple[Any, Tree]]: ...
 def value_and_grad(
     model: Layer,
     loss: Loss,

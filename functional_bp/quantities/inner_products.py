@@ -14,7 +14,7 @@ from jax import Array
 from ..checks import ModelError, described, told
 from ..contractions import dot, gram, is_factor, keep
 from ..layer import Layer, a_layer
-from ..losses import Loss, loss
+from ..losses.definition import Loss, loss
 from ..quantity import Batch, Results, in_batches
 from ..recursion import check_batch, separate
 

@@ -15,7 +15,7 @@ from jax import Array
 
 from ..contractions import second_moment, squared_norm, total
 from ..layer import Layer
-from ..losses import Loss
+from ..losses.definition import Loss
 from ..quantity import Batch, OfBatch, Recursion, Results, of_batch
 from ..recursion import separate
 

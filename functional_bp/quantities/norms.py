@@ -9,13 +9,11 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from ..quantity import Recursion
-
 Tree = Any
 GROUPS = ("model", "layer", "parameter")
 
 
-def norms_of(squared: Tree, per: str, r: Recursion) -> Tree:
+def norms_of(squared: Tree, per: str, costs: Array) -> Tree:
     """Norms of each group of parameters, ``(*layers of the stack, batch)``, from their squares."""
     if per == "parameter":
         return jax.tree.map(_root, squared)
@@ -27,7 +25,7 @@ def norms_of(squared: Tree, per: str, r: Recursion) -> Tree:
     if per == "layer":
         return jax.tree.map(norm, squared, is_leaf=lambda node: isinstance(node, dict))
     leaves = jax.tree.leaves(squared)
-    return _root(sum((s.sum(range(s.ndim - 1)) for s in leaves), jnp.zeros_like(r.costs)))
+    return _root(sum((s.sum(range(s.ndim - 1)) for s in leaves), jnp.zeros_like(costs)))
 
 
 def _root(squared: Array) -> Array:

@@ -7,7 +7,7 @@ from typing import Any
 from ..checks import choice
 from ..contractions import each, squared_norms
 from ..layer import Layer
-from ..losses import Loss
+from ..losses.definition import Loss
 from ..quantity import Batch, OfExamples, Results, learned, like, of_examples
 from ..recursion import separate
 from .norms import GROUPS, examples_first, norms_of
@@ -77,7 +77,7 @@ def per_example_grad_norms(
 
     def formula(batch: Batch) -> Results:
         r = batch.recursion(cost)
-        norms = norms_of(r.backward(r.ones, squared_norms), per, r)
+        norms = norms_of(r.backward(r.ones, squared_norms), per, r.costs)
         return Results(rows=examples_first(norms))
 
     return of_examples(cost, formula, microbatch)

@@ -14,7 +14,7 @@ from jax import Array
 from ..checks import arrays_of
 from ..contractions import Contraction, contract_layer, drop
 from ..layer import Layer, textbook
-from ..losses import Loss
+from ..losses.definition import Loss
 from ..quantities.clipping import clipped_grad
 from ..quantities.gradients import deltas, value_and_grad
 from ..quantities.per_example import per_example_grad_norms, per_example_grads

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from ..factors import per_example
+from ..factors.factored import per_example
 from ..freezing import merged, trainable
 from ..layer import Layer, textbook
 from .comparing import float64, for_vjp

@@ -13,7 +13,7 @@ from jax import Array
 
 from ..checks import ModelError, function, told
 from ..layer import Layer, place
-from ..losses import Loss
+from ..losses.definition import Loss
 from ..recursion import check_model, with_outputs
 from .batches import Batches, Padded, each_epoch
 

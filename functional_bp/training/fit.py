@@ -23,15 +23,15 @@ from ..checks import (
 )
 from ..freezing import Frozen
 from ..layer import Layer
-from ..losses import Loss
+from ..losses.definition import Loss
 from ..recursion import check_model
-from .batches import Batches, Padded, each_epoch
+from .batches import Batches, Padded, each_epoch, with_first
 from .checkpoints import Checkpoints
 from .evaluation import Metric, Targets, check_metrics, evaluate
 from .history import Run
 from .interrupts import Interrupts
 from .loop import Training
-from .steps import Setting
+from .steps import Setting, advance, identity
 
 Tree = Any
 
@@ -120,21 +120,16 @@ def fit(
       [[3.]] [1.]
     """
     check_model(model, loss)
-    _check_arguments(optimizer, epochs, steps, every, microbatch, key)
-    check_metrics(metrics)
-    for callback in sequence("callbacks", callbacks):
-        function("callbacks", callback)
-    flags_given = {"stop_on_nan": stop_on_nan, "progress": progress, "resume": resume}
-    for name, given in flags_given.items():
-        flag(name, given)
-    if checkpoints is not None:
-        path_of("checkpoints", checkpoints)
+    _check_run(optimizer, epochs, steps, every, microbatch, key)
+    flags = {"stop_on_nan": stop_on_nan, "progress": progress, "resume": resume}
+    _check_looks(metrics, callbacks, checkpoints, flags)
     arrays_of("params", params)
     options: Any = {"method": method, "frozen": frozen, "microbatch": microbatch}
     setting = Setting.of(model, loss, params, optimizer, **options)
     state, rest = setting.begin(params)
     training = Training(
-        setting=setting,
+        advance=advance(setting),
+        split=setting.split,
         source=each_epoch(batches, epochs),
         state=state,
         rest=rest,
@@ -147,16 +142,15 @@ def fit(
         stop_on_nan=stop_on_nan,
         callbacks=tuple(callbacks),
         interrupts=Interrupts(hold=checkpoints is not None),
+        evaluate=_over(evaluation, model, loss, metrics),
     )
-    if evaluation is not None:
-        each_epoch(evaluation, epochs=2)  # it is needed at every look
-        measure = evaluate(model, loss, metrics=metrics)
-        training.evaluate = lambda params: measure(params, evaluation)
     with contextlib.ExitStack() as stack:
         stack.enter_context(training.interrupts)
         if checkpoints is not None:
-            identity = training.identity(batches)
-            training.store = stack.enter_context(Checkpoints(checkpoints, identity))
+            first, training.source = with_first(batches, training.source)
+            padded = None if first is None else Padded(fill=False)(first)
+            is_now = identity(setting, state, rest, key, padded)
+            training.store = stack.enter_context(Checkpoints(checkpoints, is_now))
             training.begin(resume)
         if progress:
             training.bar = _progress_bar(stack, training, batches)
@@ -164,7 +158,7 @@ def fit(
     return training.run
 
 
-def _check_arguments(
+def _check_run(
     optimizer: Any,
     epochs: int | None,
     steps: int | None,
@@ -181,6 +175,27 @@ def _check_arguments(
         if value is not None:
             whole(name, value, 0 if name in ("epochs", "steps") else 1)
     random_key("key", key)
+
+
+def _check_looks(metrics: Any, callbacks: Any, checkpoints: Any, flags: dict[str, Any]) -> None:
+    check_metrics(metrics)
+    for name, given in flags.items():
+        flag(name, given)
+    for callback in sequence("callbacks", callbacks):
+        function("callbacks", callback)
+    if checkpoints is not None:
+        path_of("checkpoints", checkpoints)
+
+
+def _over(
+    evaluation: Batches | None, model: Layer, loss: Loss, metrics: Mapping[str, Metric] | None
+) -> Callable[[Tree], dict[str, float]] | None:
+    """``params -> `` loss and metrics over the batches of the evaluation, if there is one."""
+    if evaluation is None:
+        return None
+    each_epoch(evaluation, epochs=2)  # it is needed at every look
+    measure = evaluate(model, loss, metrics=metrics)
+    return lambda params: measure(params, evaluation)
 
 
 def _progress_bar(stack: contextlib.ExitStack, training: Training, batches: Batches) -> Any:

@@ -11,7 +11,7 @@ from jax import Array, lax
 
 from ..checks import ModelError, number, told, whole
 from ..layer import Layer
-from ..losses import Loss
+from ..losses.definition import Loss
 from ..quantities.curvature import Kronecker, kronecker_factors
 
 Tree = Any
@@ -79,16 +79,7 @@ def kfac(
       >>> bool(run.history.loss[-1] < run.history.loss[0])
       True
     """
-    if not callable(learning_rate):
-        number("learning_rate", learning_rate, least=0)
-    if not isinstance(batch, tuple) or len(batch) != 2:
-        raise ModelError(f"batch: takes the tuple (x, y) of a batch, got {told(batch)}")
-    number("damping", damping, above=0)
-    number("decay", decay, least=0, below=1)
-    number("momentum", momentum, least=0, below=1)
-    if max_step is not None:
-        number("max_step", max_step, above=0)
-    whole("inverse_every", inverse_every)
+    _check_options(learning_rate, batch, damping, decay, momentum, max_step, inverse_every)
     estimate = kronecker_factors(model, loss, fisher=fisher, shared=shared, microbatch=microbatch)
 
     def init(params: Tree) -> KfacState:
@@ -122,10 +113,7 @@ def kfac(
         step = jax.tree.map(_preconditioned, gradient, inverses)
         if max_step is not None:
             rate = learning_rate(state.steps) if callable(learning_rate) else learning_rate
-            products = jax.tree.map(lambda u, g: jnp.vdot(u, g), step, gradient)
-            length = rate**2 * sum(jax.tree.leaves(products))
-            shrink = jnp.sqrt(max_step / jnp.maximum(max_step, length))
-            step = jax.tree.map(lambda u: (shrink * u).astype(u.dtype), step)
+            step = _bounded(step, gradient, rate, max_step)
         return step, KfacState(steps, factors, inverses)
 
     return optax.with_extra_args_support(
@@ -135,6 +123,35 @@ def kfac(
             optax.scale_by_learning_rate(learning_rate),
         )
     )
+
+
+def _check_options(
+    learning_rate: Any,
+    batch: Any,
+    damping: Any,
+    decay: Any,
+    momentum: Any,
+    max_step: Any,
+    inverse_every: Any,
+) -> None:
+    if not callable(learning_rate):
+        number("learning_rate", learning_rate, least=0)
+    if not isinstance(batch, tuple) or len(batch) != 2:
+        raise ModelError(f"batch: takes the tuple (x, y) of a batch, got {told(batch)}")
+    number("damping", damping, above=0)
+    number("decay", decay, least=0, below=1)
+    number("momentum", momentum, least=0, below=1)
+    if max_step is not None:
+        number("max_step", max_step, above=0)
+    whole("inverse_every", inverse_every)
+
+
+def _bounded(step: Tree, gradient: Tree, rate: Any, most: float) -> Tree:
+    """The step, shortened where η² ⟨u, g⟩ is more than ``most``."""
+    products = jax.tree.map(lambda u, g: jnp.vdot(u, g), step, gradient)
+    length = rate**2 * sum(jax.tree.leaves(products))
+    shrink = jnp.sqrt(most / jnp.maximum(most, length))
+    return jax.tree.map(lambda u: (shrink * u).astype(u.dtype), step)
 
 
 def damped_inverses(factors: Kronecker, damping: float) -> Kronecker:

@@ -8,19 +8,14 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import jax
 import numpy as np
 from jax import Array
 
-from ..checks import abstract
-from .batches import Batch, Batches, Padded, with_first
+from .batches import Batch, Padded
 from .checkpoints import Checkpoints, Position
 from .evaluation import Targets
 from .history import UNTRAINED, History, Run
 from .interrupts import Interrupts
-from .program import contents_of, program_of
-from .run_identity import Identity, described_run, described_settings, hyperparameters
-from .steps import Setting, State, advance, halves
 
 Tree = Any
 
@@ -30,11 +25,18 @@ _MOST_UNREAD = 256  # steps that may pass before the host reads their losses
 
 @dataclass(kw_only=True)
 class Training:
-    """A run under way: its arrays, its place in the data, and what the host knows of it."""
+    """A run under way: its arrays, its place in the data, and what the host knows of it.
 
-    setting: Setting
+    Attributes:
+      advance: ``(state, rest, x, y, weights, key) -> (state, [loss, Σ w])``; the state has
+        ``params(rest)``, ``opt_state`` and ``step``.
+      split: ``(params, opt_state, step) -> (state, rest)``.
+    """
+
+    advance: Callable[..., tuple[Any, Array]]
+    split: Callable[..., tuple[Any, Tree]]
     source: Callable[[int], Iterable[Batch]]
-    state: State
+    state: Any
     rest: Tree
     key: Array | None
     padded: Padded
@@ -104,7 +106,7 @@ class Training:
     def take_step(self, batch: Batch) -> None:
         x, y, weights = self.padded(batch)
         self.targets.add(x, y, self.padded.usual)
-        self.state, loss = advance(self.setting)(self.state, self.rest, x, y, weights, self.key)
+        self.state, loss = self.advance(self.state, self.rest, x, y, weights, self.key)
         self.unread.append(loss)
         self.step += 1
         self.batch += 1
@@ -171,35 +173,6 @@ class Training:
         """The arrays that a checkpoint holds."""
         return {"params": self.run.params, "opt_state": self.state.opt_state, "key": self.key}
 
-    def identity(self, batches: Batches) -> Identity:
-        """What the run is, as far as it can be known: all of it, if there is a batch.
-
-        What a step computes is traced for two examples, so that batches may be of another size.
-        """
-        model, loss, _, method, _, microbatch = self.setting
-        settings = {"method": method, "microbatch": str(microbatch or "none")}
-        run = described_run(model, loss, self.kept, self.rest)
-        fingerprints = {"hyperparameters": hyperparameters(self.state.opt_state)}
-        batch, self.source = with_first(batches, self.source)
-        if batch is None:
-            return Identity(run, settings, fingerprints)
-        first = Padded(fill=False)(batch)
-        x, y, weights = first if model.mixes_examples else jax.tree.map(_two_of, first)
-        of_step = {"x": x, "y": y, "weights": weights, "key": self.key}
-        params, trained = self.run.params, self.state.trained
-        of_whole = halves(self.setting._replace(microbatch=None))
-        gradient, results = program_of(of_whole.gradient, params, of_step)
-        cost, _, of_trained = results
-        update, _ = program_of(
-            *(of_whole.update, params, trained, self.state.opt_state, of_step, cost, of_trained)
-        )
-        return Identity(
-            run,
-            settings | described_settings(model, first),
-            fingerprints
-            | {"gradient": gradient, "update": update, "first batch": contents_of(first)},
-        )
-
     def begin(self, resume: bool) -> None:
         """Goes to where the latest checkpoint was written, if there is one."""
         assert self.store is not None
@@ -211,14 +184,9 @@ class Training:
                 "resume=True goes on from it, another folder begins anew"
             )
         kept, arrays, position = self.store.restore(self.kept)
-        self.state, self.rest = self.setting.split(kept["params"], kept["opt_state"], position.step)
+        self.state, self.rest = self.split(kept["params"], kept["opt_state"], position.step)
         self.step = self.saved = position.step
         self.looked = position.looked
         self.epoch, self.batch, self.stopped = position.epoch, position.batch, position.stopped
         self.padded.rows = position.rows
         self.history = History.of(arrays)
-
-
-def _two_of(leaf: Array) -> jax.ShapeDtypeStruct:
-    """The shape of a batch's array, were it of two examples."""
-    return abstract((2, *leaf.shape[1:]), leaf.dtype)

@@ -14,7 +14,7 @@ import optax
 
 from ..checks import described
 from ..layer import Layer, one_of
-from ..losses import Loss
+from ..losses.definition import Loss
 from .parameter_files import named
 from .program import contents_of
 

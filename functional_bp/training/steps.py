@@ -12,11 +12,14 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
+from ..checks import abstract
 from ..freezing import frozen_leaves, merged, trainable
 from ..layer import Layer
-from ..losses import Loss
+from ..losses.definition import Loss
 from ..quantities.gradients import value_and_grad
 from ..recursion import with_loss
+from .program import contents_of, program_of
+from .run_identity import Identity, described_run, described_settings, hyperparameters
 
 Tree = Any
 
@@ -170,6 +173,39 @@ def advance(setting: Setting) -> Callable[..., tuple[State, Array]]:
         return state, jnp.stack([cost, weights.sum().astype(cost.dtype)])
 
     return advance
+
+
+def identity(
+    setting: Setting,
+    state: State,
+    rest: Tree,
+    key: Array | None,
+    first: tuple[Tree, Tree, Any] | None,
+) -> Identity:
+    """What a run is, as far as it can be known: all of it, if there is a first batch.
+
+    What a step computes is traced for two examples, so that batches may be of another size.
+    """
+    model, params = setting.model, state.params(rest)
+    kept = {"params": params, "opt_state": state.opt_state, "key": key}
+    run = described_run(model, setting.loss, kept, rest)
+    settings = {"method": setting.method, "microbatch": str(setting.microbatch or "none")}
+    fingerprints = {"hyperparameters": hyperparameters(state.opt_state)}
+    if first is None:
+        return Identity(run, settings, fingerprints)
+    x, y, weights = first if model.mixes_examples else jax.tree.map(_two_of, first)
+    batch = {"x": x, "y": y, "weights": weights, "key": key}
+    gradient_of, update_of = halves(setting._replace(microbatch=None))
+    gradient, (cost, _, of_trained) = program_of(gradient_of, params, batch)
+    given = (params, state.trained, state.opt_state, batch, cost, of_trained)
+    update, _ = program_of(update_of, *given)
+    fingerprints |= {"gradient": gradient, "update": update, "first batch": contents_of(first)}
+    return Identity(run, settings | described_settings(model, first), fingerprints)
+
+
+def _two_of(leaf: Array) -> jax.ShapeDtypeStruct:
+    """The shape of a batch's array, were it of two examples."""
+    return abstract((2, *leaf.shape[1:]), leaf.dtype)
 
 
 def _copied(tree: Tree) -> Tree:

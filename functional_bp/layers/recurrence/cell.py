@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from ...checks import ModelError, function, text, told, whole
-from ...factors import accumulator
+from ...factors.factored import accumulator
 
 Tree = Any
 State = dict[str, Array]

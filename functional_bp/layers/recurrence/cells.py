@@ -18,7 +18,7 @@ from jax import Array, lax
 
 from ...checks import choice, whole
 from ...docstrings import explained
-from ...factors import Outer, Summed
+from ...factors.factored import Outer, Summed
 from ...layer import Layer
 from ..dense import lecun_normal
 from .cell import Cell, State, product

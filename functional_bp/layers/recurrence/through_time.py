@@ -44,7 +44,7 @@ from ...contractions import (
     keep,
 )
 from ...docstrings import explained
-from ...factors import Factored, Itself, Outer, accumulator
+from ...factors.factored import Factored, Itself, Outer, accumulator
 from ...layer import Layer, placed
 from . import sequences
 from .cell import Cell, State, product
