@@ -1,8 +1,8 @@
 """Why LSTM exists, in one figure.
 
 Three recurrent networks, a plain one, a GRU and an LSTM, face the adding problem of Hochreiter and
-Schmidhuber (1997): a sequence of numbers of which two are marked; at its end, give their sum. What
-a network can learn of a step far back is what arrives there of the error at the end: the picture
+Schmidhuber (1997): a sequence of numbers of which two are marked; at its end, give their sum. A
+network can learn from a step far back only as much as the final error reaches it: the picture
 shows ‖∂C/∂h_t‖ for every step t, before and after training.
 """
 
@@ -117,7 +117,7 @@ def draw(networks: dict[str, tuple[np.ndarray, np.ndarray, float]], path: Path) 
         panel.legend(frameon=False, loc="lower right")
         panel.spines[["top", "right"]].set_visible(False)
         panel.grid(alpha=0.25)
-    figure.suptitle("What arrives at step t of the error at the end: the adding problem")
+    figure.suptitle("How much of the final error reaches step t: the adding problem")
     figure.savefig(path, dpi=150)
 
 

@@ -41,15 +41,14 @@ at inference  x̂ = (x − mean) / √(var + ε)"""
 
 
 class Normalised(NamedTuple):
-    """What a norm keeps: x̂, in groups, and the r, μ and variance of each group."""
+    """What a norm keeps: x̂, in groups, and the r of each group."""
 
     x_hat: Array
     r: Array
-    mean: Array
-    variance: Array
 
 
-def _normalised(x: Array, axes: Axes, epsilon: float) -> Normalised:
+def _normalised(x: Array, axes: Axes, epsilon: float) -> tuple[Normalised, Array, Array]:
+    """x̂ and r, and the μ and the variance that they come from."""
     if math.prod(x.shape[axis] for axis in axes) == 1:
         raise ModelError("takes more than one number to normalise over, got 1")
     dtype, x = x.dtype, wide(x)
@@ -57,7 +56,7 @@ def _normalised(x: Array, axes: Axes, epsilon: float) -> Normalised:
     centred = x - mean
     variance = (centred * centred).mean(axes, keepdims=True)
     r = lax.rsqrt(variance + epsilon)
-    return Normalised((centred * r).astype(dtype), r, mean, variance)
+    return Normalised((centred * r).astype(dtype), r), mean, variance
 
 
 def _back(kept: Normalised, g: Array, axes: Axes) -> Array:
@@ -135,7 +134,7 @@ def _each_by_itself(
 
     def forward(params: Tree, x: Array, key: Array | None = None) -> tuple[Array, Normalised]:
         groups = grouped(x)
-        kept = _normalised(groups, axes(groups.ndim), epsilon)
+        kept, _, _ = _normalised(groups, axes(groups.ndim), epsilon)
         return _affine(params, kept.x_hat.reshape(x.shape)), kept
 
     def backward(params: Tree, kept: Normalised, dy: Array) -> tuple[Array, Tree]:
@@ -330,19 +329,20 @@ def batch_norm(*, momentum: float = 0.1, epsilon: float = 1e-5, bias: bool = Tru
         zeros = jnp.zeros(x.shape[-1:], accumulator(x))
         return _initial(names, x) | {"mean": zeros, "var": zeros + 1}
 
-    def forward(params: Tree, x: Array, key: Array | None = None) -> tuple[Array, Normalised]:
-        kept = _normalised(x, tuple(range(x.ndim - 1)), epsilon)
-        return _affine(params, kept.x_hat), kept
+    def forward(params: Tree, x: Array, key: Array | None = None) -> tuple[Array, Tree]:
+        kept, mean, variance = _normalised(x, tuple(range(x.ndim - 1)), epsilon)
+        return _affine(params, kept.x_hat), (kept, mean.reshape(-1), variance.reshape(-1))
 
-    def backward(params: Tree, kept: Normalised, dy: Array) -> tuple[Array, Tree]:
+    def backward(params: Tree, residuals: Tree, dy: Array) -> tuple[Array, Tree]:
+        kept, _, _ = residuals
         g, factors = _affine_back(params, kept.x_hat, dy)
         return _back(kept, g, tuple(range(dy.ndim - 1))), factors
 
-    def renew(params: Tree, kept: Normalised) -> Tree:
-        n = kept.x_hat.size // kept.mean.size
-        mean, var = kept.mean.reshape(-1), kept.variance.reshape(-1) * (n / (n - 1))
-        running = {"mean": mean, "var": var}
-        return params | {k: (1 - momentum) * params[k] + momentum * running[k] for k in STATE}
+    def renew(params: Tree, residuals: Tree) -> Tree:
+        kept, mean, variance = residuals
+        n = kept.x_hat.size // mean.size
+        now = {"mean": mean, "var": variance * (n / (n - 1))}
+        return params | {k: (1 - momentum) * params[k] + momentum * now[k] for k in STATE}
 
     return rule(
         init,
