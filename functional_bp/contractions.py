@@ -29,6 +29,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from .checks import ModelError
 from .factors.combined import Stacked, Sum
 from .factors.factored import Factored, Itself, Outer
 
@@ -162,13 +163,24 @@ def is_factor(node: Any) -> bool:
 
 
 def broadcast(contract: Tree, params: Tree) -> Tree:
-    """A contraction for every parameter, from a prefix of that tree."""
+    """A contraction for every parameter, from a prefix of that tree; None asks for nothing."""
     return jax.tree.map(
-        lambda c, below: jax.tree.map(lambda _: c, below),
+        lambda c, below: jax.tree.map(lambda _: drop if c is None else c, below),
         contract,
         params,
-        is_leaf=is_contraction,
+        is_leaf=lambda node: node is None or is_contraction(node),
     )
+
+
+def check_factors(params: Tree, factors: Tree) -> None:
+    """Raises unless there is one factored gradient for each parameter."""
+    found: Any = jax.tree.structure(factors, is_leaf=is_factor)
+    wanted: Any = jax.tree.structure(params)
+    if found != wanted or not all(map(is_factor, jax.tree.leaves(factors, is_leaf=is_factor))):
+        raise ModelError(
+            f"takes a backward that gives one factored gradient (bp.factors) per parameter, "
+            f"{wanted}; got {factors}"
+        )
 
 
 def contract_factors(contract: Tree, factors: Tree) -> Tree:

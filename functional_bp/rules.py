@@ -17,7 +17,7 @@ import jax
 from jax import Array
 
 from .checks import ModelError, described, flag, function, random_key, text, told
-from .contractions import contract_layer, is_factor, keep
+from .contractions import check_factors, contract_layer, keep
 from .docstrings import Equations
 from .layer import (
     Layer,
@@ -171,9 +171,9 @@ class _Rule:
         """``backward``, with None at the state."""
         dx, factors = self.backward(params, residuals, dy)
         if not self.state:
-            _check_factors(params, factors)
+            check_factors(params, factors)
             return dx, factors
-        _check_factors({k: p for k, p in params.items() if k not in self.state}, factors)
+        check_factors({k: p for k, p in params.items() if k not in self.state}, factors)
         return dx, factors | dict.fromkeys(self.state)
 
     def is_state(self, params: Tree) -> Tree:
@@ -182,13 +182,3 @@ class _Rule:
                 f"takes a dict with the state {list(self.state)}, got {described(params)}"
             )
         return jax.tree.map_with_path(lambda path, _: path[0].key in self.state, params)
-
-
-def _check_factors(params: Tree, factors: Tree) -> None:
-    found: Any = jax.tree.structure(factors, is_leaf=is_factor)
-    wanted: Any = jax.tree.structure(params)
-    if found != wanted or not all(map(is_factor, jax.tree.leaves(factors, is_leaf=is_factor))):
-        raise ModelError(
-            f"backward gives one factored gradient (bp.factors) per parameter, {wanted}; "
-            f"got {factors}"
-        )

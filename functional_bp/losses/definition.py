@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from ..checks import ModelError, described, function, text, told
-from ..contractions import contract_factors, is_factor, keep
+from ..contractions import check_factors, contract_factors, is_factor, keep
 from ..docstrings import Equations, composed, stated
 from ..factors.factored import per_example
 from ..layer import Layer, a_layer, no_parameters, placed
@@ -96,7 +96,7 @@ class Loss:
 
         def of_outputs(*args: Tree) -> Tree:
             a, result = args[-2], self.delta(*args)
-            delta = result[0] if self.has_parameters else result
+            delta = self._checked_factors(args[0], result) if self.has_parameters else result
             if jax.tree.map(jnp.shape, delta) != jax.tree.map(jnp.shape, a):
                 raise ModelError(
                     f"takes a delta of the outputs' shape, {described(a)}, got {described(delta)}"
@@ -104,6 +104,13 @@ class Loss:
             return result
 
         return self._batched(of_outputs)
+
+    @staticmethod
+    def _checked_factors(params: Tree, result: Tree) -> Tree:
+        if not isinstance(result, tuple) or len(result) != 2:
+            raise ModelError(f"takes a delta that gives (∂C/∂a, factors), got {described(result)}")
+        check_factors(params, result[1])
+        return result[0]
 
     def _batched(self, of_example: Callable[..., Tree]) -> Callable[..., Tree]:
         axes = (None, 0, 0) if self.has_parameters else 0
