@@ -22,7 +22,7 @@ from ..rules import rule
 Tree = Any
 
 
-_SHAPES = " Element by element: z, a and every δ have the same shape, whatever it is."
+_SHAPES = "Element by element: z, a and every δ have the same shape, whatever it is."
 
 
 def activation(
@@ -99,7 +99,7 @@ sigmoid = activation(
     name="sigmoid",
     of_output=True,
     equations=("a = 1 / (1 + e^{−z})", "∂C/∂z = ∂C/∂a ⊙ a ⊙ (1 − a)"),
-    doc=f"The logistic function.{_SHAPES}",
+    doc=f"The logistic function. {_SHAPES}",
 )
 
 tanh = activation(
@@ -108,7 +108,7 @@ tanh = activation(
     name="tanh",
     of_output=True,
     equations=("a = tanh z", "∂C/∂z = ∂C/∂a ⊙ (1 − a²)"),
-    doc=f"The hyperbolic tangent.{_SHAPES}",
+    doc=f"The hyperbolic tangent. {_SHAPES}",
 )
 
 
@@ -131,7 +131,7 @@ relu = rule(
     equations=("a = max(z, 0)", "∂C/∂z = ∂C/∂a where a > 0, else 0"),
     doc=f"""The rectified linear unit. It keeps a, which the layer above keeps too.
 
-    {_SHAPES.strip()} (Nair & Hinton 2010, "Rectified linear units improve restricted Boltzmann
+    {_SHAPES} (Nair & Hinton 2010, "Rectified linear units improve restricted Boltzmann
     machines".)""",
 )
 
@@ -187,7 +187,7 @@ gelu = activation(
     equations=("a = z Φ(z)", "∂C/∂z = ∂C/∂a ⊙ (Φ(z) + z φ(z))"),
     doc=f"""The Gaussian error linear unit; Φ and φ are the normal distribution's.
 
-    {_SHAPES.strip()} (Hendrycks & Gimpel 2016, "Gaussian error linear units".)""",
+    {_SHAPES} (Hendrycks & Gimpel 2016, "Gaussian error linear units".)""",
 )
 
 _TANH_SCALE = math.sqrt(2 / math.pi)
@@ -212,7 +212,7 @@ gelu_tanh = activation(
     ),
     doc=f"""gelu with tanh in place of Φ.
 
-    {_SHAPES.strip()} (Hendrycks & Gimpel 2016, "Gaussian error linear units".)""",
+    {_SHAPES} (Hendrycks & Gimpel 2016, "Gaussian error linear units".)""",
 )
 
 
@@ -233,7 +233,7 @@ silu = activation(
     equations=("a = z s,  s = sigmoid(z)", "∂C/∂z = ∂C/∂a ⊙ s ⊙ (1 + z (1 − s))"),
     doc=f"""The sigmoid-weighted linear unit, also called swish.
 
-    {_SHAPES.strip()} (Elfwing et al. 2018.)""",
+    {_SHAPES} (Elfwing et al. 2018.)""",
 )
 
 
@@ -248,7 +248,7 @@ softplus = activation(
     equations=("a = log(1 + e^z)", "∂C/∂z = ∂C/∂a ⊙ sigmoid(z)"),
     doc=f"""A smooth rectifier.
 
-    {_SHAPES.strip()} (Dugas et al. 2001.)""",
+    {_SHAPES} (Dugas et al. 2001.)""",
 )
 
 
@@ -289,7 +289,7 @@ selu = activation(
     ),
     doc=f"""The scaled exponential linear unit of self-normalising networks.
 
-    {_SHAPES.strip()} (Klambauer et al. 2017.)""",
+    {_SHAPES} (Klambauer et al. 2017.)""",
 )
 
 
@@ -308,7 +308,7 @@ mish = activation(
     ),
     doc=f"""A smooth unit that is not monotonic.
 
-    {_SHAPES.strip()} (Misra 2019.)""",
+    {_SHAPES} (Misra 2019.)""",
 )
 
 hard_tanh = activation(
@@ -322,7 +322,7 @@ hard_tanh = activation(
     ),
     doc=f"""tanh in three straight pieces.
 
-    {_SHAPES.strip()} (Collobert 2004.)""",
+    {_SHAPES} (Collobert 2004.)""",
 )
 
 
