@@ -15,7 +15,7 @@ layer, ``recursion.py`` from the cost. Then bottom up:
     training/       the loop, batches, history, checkpoints, files of parameters, K-FAC
     testing/        proofs of one's own rules; nothing imports it
 
-Imports go one way, from the bottom of this list upwards.
+A file imports only from files above it in this list.
 """
 
 from importlib.metadata import PackageNotFoundError, version

@@ -29,7 +29,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from .checks import ModelError
+from .checks import ModelError, described
 from .factors.combined import Stacked, Sum
 from .factors.factored import Factored, Itself, Outer
 
@@ -175,11 +175,12 @@ def broadcast(contract: Tree, params: Tree) -> Tree:
 def check_factors(params: Tree, factors: Tree) -> None:
     """Raises unless there is one factored gradient for each parameter."""
     found: Any = jax.tree.structure(factors, is_leaf=is_factor)
-    wanted: Any = jax.tree.structure(params)
-    if found != wanted or not all(map(is_factor, jax.tree.leaves(factors, is_leaf=is_factor))):
+    if found != jax.tree.structure(params) or not all(
+        map(is_factor, jax.tree.leaves(factors, is_leaf=is_factor))
+    ):
         raise ModelError(
-            f"takes a backward that gives one factored gradient (bp.factors) per parameter, "
-            f"{wanted}; got {factors}"
+            "takes a backward that gives one factored gradient (bp.factors) for each trained "
+            f"parameter, {described(params)}; got {described(factors)}"
         )
 
 

@@ -40,6 +40,11 @@ def place(where: str) -> Iterator[None]:
         raise
 
 
+def renews(layer: Layer) -> bool:
+    """Whether any of a model's layers renews its state."""
+    return any(map(renews, layer.parts)) if layer.parts else layer.renew is not not_renewed
+
+
 def placed(where: str, layer: Layer) -> Layer:
     """The layer, with its place in the model in front of what its functions raise."""
 
@@ -73,8 +78,8 @@ def not_renewed(params: Tree, residuals: Tree) -> Tree:
 class Layer:
     """A layer or a model, over a batch: inputs, outputs and residuals have the examples first.
 
-    ``dataclasses.replace(layer, backward=…)`` is a layer with another backward. Who replaces
-    ``forward`` replaces ``reference`` and ``in_inference`` with it, where the layer has them.
+    ``dataclasses.replace(layer, backward=…)`` is a layer with another backward. If you replace
+    ``forward``, also replace ``reference`` and ``in_inference``, where the layer has them.
 
     Attributes:
       name: how errors and summaries call it, such as ``dense(256)``.
@@ -126,9 +131,8 @@ class Layer:
         flag(f"{self.name}: mixes_examples", self.mixes_examples)
         text(f"{self.name}: doc", self.doc)
         object.__setattr__(self, "equations", stated(f"{self.name}: equations", self.equations))
-        if self.doc or self.equations:
-            described = composed(self.doc or f"{self.name}.", self.equations)
-            object.__setattr__(self, "__doc__", described)
+        words = composed(self.doc or f"The layer {self.name}.", self.equations)
+        object.__setattr__(self, "__doc__", words)
 
     def apply(self, params: Tree, x: Tree, key: Array | None = None) -> Tree:
         """Outputs for a batch, of the layer in its inference form.
@@ -150,8 +154,8 @@ class Layer:
     def inference(self) -> Layer:
         """The model with every layer as it is at inference: running averages for a batch's.
 
-        It mixes no examples, and renews no state. Inside a ``chain`` it is a part that training
-        leaves so, though its parameters are trained unless they are frozen.
+        It mixes no examples, and renews no state. Inside a ``chain`` it stays in this form during
+        training, too; its parameters are trained unless they are frozen.
         """
         return self._inference
 

@@ -8,6 +8,7 @@ examples at a time, runs wherever the arrays lie, and gives gradients in their p
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, TypeVar
@@ -24,6 +25,7 @@ from .recursion import check_batch, checked_weights, mean_weights
 
 Tree = Any
 T = TypeVar("T", covariant=True)
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 class OfBatch(Protocol[T]):
@@ -56,7 +58,16 @@ class OfExamples(Protocol[T]):
     """A function of a batch, for each of its examples by itself."""
 
     def __call__(self, params: Tree, x: Tree, y: Tree, *, key: Array | None = None) -> T:
-        """The quantity; arguments as those of ``OfBatch``."""
+        """The quantity.
+
+        Args:
+          params: the model's parameters; ``(model's, loss's)`` for a loss that has parameters.
+          x, y: inputs and targets, the examples on the first axis of every array.
+          key: for the noise of layers such as dropout; without it there is none.
+
+        Raises:
+          ModelError: for what does not fit the model.
+        """
         ...
 
 
@@ -73,9 +84,15 @@ class AlongVector(Protocol[T]):
         weights: Array | None = None,
         key: Array | None = None,
     ) -> T:
-        """The quantity; ``v`` has the tree and shapes of ``params``, the rest is as in ``OfBatch``.
+        """The quantity.
 
-        At parameters that are state ``v`` is not read, and may be None.
+        Args:
+          params, x, y, weights, key: as for a gradient of the same batch.
+          v: a tree of the shapes of ``params``. At parameters that are state it is not read, and
+            may be None.
+
+        Raises:
+          ModelError: for what does not fit the model.
         """
         ...
 
@@ -207,6 +224,16 @@ def in_batches(
     return run
 
 
+def documented(kind: type) -> Callable[[F], F]:
+    """A function that a user calls, with the docstring of what it is."""
+
+    def documented(function: F) -> F:
+        function.__doc__ = inspect.getdoc(kind.__call__)
+        return function
+
+    return documented
+
+
 def learned(cost: Layer, params: Tree) -> Tree:
     """The parameters with None at those that are state."""
     return trainable(params, cost.is_state(params))
@@ -235,6 +262,7 @@ def of_batch(
     """
     run = in_batches(cost, formula, microbatch, mean=mean)
 
+    @documented(OfBatch)
     def fn(
         params: Tree, x: Tree, y: Tree, *, weights: Array | None = None, key: Array | None = None
     ) -> Any:
@@ -248,6 +276,7 @@ def of_examples(cost: Layer, formula: Formula, microbatch: int | None) -> OfExam
     """A quantity with a row for each example."""
     run = in_batches(cost, formula, microbatch)
 
+    @documented(OfExamples)
     def fn(params: Tree, x: Tree, y: Tree, *, key: Array | None = None) -> Any:
         return run(params, x, y, None, key).rows
 
@@ -257,6 +286,7 @@ def of_examples(cost: Layer, formula: Formula, microbatch: int | None) -> OfExam
 def along_vector(product: Callable[..., Any]) -> AlongVector[Any]:
     """``product(params, x, y, v, weights, key)`` as a user calls it."""
 
+    @documented(AlongVector)
     def fn(
         params: Tree,
         x: Tree,

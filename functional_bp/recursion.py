@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from .checks import ModelError, described, random_key, told, weights_of
-from .contractions import asks_layers, keep
+from .contractions import asks_layers, is_contraction, keep
 from .layer import (
     Layer,
     batch_size,
@@ -19,7 +19,7 @@ from .layer import (
     place,
     shapes_of,
 )
-from .losses.definition import Loss
+from .losses.definition import Loss, pair_of
 
 Tree = Any
 
@@ -36,6 +36,11 @@ def init(model: Layer, loss: Loss, key: Array, x: Tree, y: Tree) -> Tree:
     """Parameters of a model and its loss, from one example's input and target.
 
     They are the pair ``(model's, loss's)`` for a loss that has parameters, else ``model.init``'s.
+
+    Args:
+      model, loss: a layer and a loss.
+      key: of ``jax.random``.
+      x, y: ONE example's input and target, or their ``ShapeDtypeStruct``.
 
     Raises:
       ModelError: as ``model.init``.
@@ -91,12 +96,7 @@ def _ended(model: Layer, last: Layer, *, has_parameters: bool) -> Layer:
         """The model's part of the parameters, or of what is asked of them, and the loss's."""
         if not has_parameters:
             return tree, ()
-        if isinstance(tree, dict) or (isinstance(tree, tuple) and len(tree) != 2):
-            raise ModelError(
-                f"{last.name}: takes parameters as the tuple (model's, loss's), as bp.init makes "
-                f"them, got {described(tree)}"
-            )
-        return tree[0], tree[1]
+        return (tree, tree) if is_contraction(tree) else pair_of(last.name, tree)
 
     def joined(of_model: Tree, of_loss: Tree) -> Tree:
         return (of_model, of_loss) if has_parameters else of_model

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import Array
 
 from .checks import ModelError, described, flag, function, random_key, text, told
@@ -70,7 +71,8 @@ def rule(
       mixes_examples: the output of one example depends on the others of its batch.
       state: the names of the entries of ``params`` that are state, such as running averages.
         ``backward`` gives no factors for them.
-      renew: ``(params, residuals) -> params``, with the state as it is after a batch.
+      renew: ``(params, residuals) -> params``, with the state as it is after a batch. Examples of
+        weight 0, with which ``bp.fit`` fills up smaller batches, are in it.
       inference: the layer as it is at inference, with the same parameters, where that is another.
       equations: what it computes, forward and back, as two texts of one equation a line.
       doc: what else ``help`` shows of it: what it is, shapes, source.
@@ -103,14 +105,14 @@ def rule(
         raise ModelError(f"{name}: mixes_examples: takes a rule over a batch, batched=True")
     if not isinstance(state, tuple) or not all(isinstance(entry, str) for entry in state):
         raise ModelError(f"{name}: state: takes a tuple of names, got {told(state)}")
-    of_example = _Rule(init, forward, backward, check, random, batched, state)
+    of_example = _Rule(init, forward, backward, renew, check, random, batched, state)
     layer = Layer(
         name=name,
         init=of_example.initial,
-        forward=of_example.over_batch(forward),
+        forward=of_example.over_batch(of_example.forward_pair),
         backward=of_example.contracted,
         reference=of_example.over_batch(reference) if reference else None,
-        renew=renew,
+        renew=not_renewed if renew is not_renewed else of_example.renewed,
         is_state=of_example.is_state if state else none_is_state,
         in_inference=inference,
         mixes_examples=mixes_examples,
@@ -127,6 +129,7 @@ class _Rule:
     init: Callable[..., Tree]
     forward: Callable[..., tuple[Tree, Tree]]
     backward: Callable[..., tuple[Tree, Tree]]
+    renew: Callable[[Tree, Tree], Tree]
     check: Callable[[Tree, Tree], None]
     random: bool
     batched: bool
@@ -137,6 +140,7 @@ class _Rule:
         x = shapes_of(x)
         params = self.init(key, x)
         self.check_all(params, x)
+        self.is_state(params)
         return params
 
     def check_all(self, params: Tree, x: Tree) -> None:
@@ -160,6 +164,9 @@ class _Rule:
 
         return lifted
 
+    def forward_pair(self, params: Tree, x: Tree, key: Array | None = None) -> tuple[Tree, Tree]:
+        return _pair("forward", "(y, residuals)", self.forward(params, x, key))
+
     def contracted(
         self, params: Tree, residuals: Tree, dy: Tree, contract: Tree = keep
     ) -> tuple[Tree, Tree]:
@@ -169,16 +176,33 @@ class _Rule:
 
     def factored(self, params: Tree, residuals: Tree, dy: Tree) -> tuple[Tree, Tree]:
         """``backward``, with None at the state."""
-        dx, factors = self.backward(params, residuals, dy)
+        dx, factors = _pair("backward", "(dx, factors)", self.backward(params, residuals, dy))
         if not self.state:
             check_factors(params, factors)
             return dx, factors
         check_factors({k: p for k, p in params.items() if k not in self.state}, factors)
-        return dx, factors | dict.fromkeys(self.state)
+        return dx, factors | {k: jax.tree.map(lambda _: None, params[k]) for k in self.state}
+
+    def renewed(self, params: Tree, residuals: Tree) -> Tree:
+        new = self.renew(params, residuals)
+        if jax.tree.map(jnp.shape, new) != jax.tree.map(jnp.shape, params):
+            raise ModelError(
+                "takes a renew that keeps the parameters' tree and shapes, "
+                f"{described(params)}, got {described(new)}"
+            )
+        return new
 
     def is_state(self, params: Tree) -> Tree:
+        if not self.state:
+            return none_is_state(params)
         if not isinstance(params, dict) or not params.keys() >= set(self.state):
             raise ModelError(
                 f"takes a dict with the state {list(self.state)}, got {described(params)}"
             )
         return jax.tree.map_with_path(lambda path, _: path[0].key in self.state, params)
+
+
+def _pair(what: str, names: str, result: Tree) -> tuple[Tree, Tree]:
+    if not isinstance(result, tuple) or len(result) != 2:
+        raise ModelError(f"takes a {what} that gives {names}, got {described(result)}")
+    return result

@@ -48,9 +48,16 @@ def quantities(model, loss):
     def along(quantity):
         return lambda params, x, y: quantity(params, x, y, params)
 
+    normalised = bp.chain(model, bp.tanh, bp.batch_norm())
+
+    def renewed(params, x, y):
+        running = bp.batch_norm().init(jax.random.key(0), jax.ShapeDtypeStruct((5,), float))
+        return bp.value_and_grad(normalised, loss, renew=True)((params, (), running), x, y)
+
     some = {"microbatch": 2 * DEVICES}
     first = {
         "value_and_grad": bp.value_and_grad(model, loss),
+        "value_and_grad, batch norm": renewed,
         "value_and_grad, microbatches": bp.value_and_grad(model, loss, **some),
         "deltas": bp.deltas(model, loss),
         "norms": bp.per_example_grad_norms(model, loss),
@@ -114,7 +121,7 @@ def main(half):
             assert not gathered or name in GATHERS, f"{name} on {kind} gathers {gathered}"
             found = compiled(*there)
             check_equal(f"{name} on {kind}", found, wanted)
-            if name == "value_and_grad":
+            if name in ("value_and_grad", "value_and_grad, batch norm"):
                 assert all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(found))
             if name == "norms":
                 assert found.sharding.is_equivalent_to(split, 1)

@@ -28,8 +28,8 @@ class Rows(Factored):
     """gₙ = Σ_t e_{k_t} v_tᵀ: an outer product whose u is a one-hot row, known by its id k_t.
 
     ``ids`` is ``(n, *positions)`` and ``v`` ``(n, *positions, i)``; the parameter is
-    ``(rows, i)``. u_t·u'_s is 1 where the ids are the same and u'_s at k_t where u' is held, so
-    that nothing has the rows as an axis but what is asked for whole.
+    ``(rows, i)``. The product of two one-hot rows is 1 if their ids are equal, else 0. So only
+    results of the parameter's own shape have ``rows`` as an axis.
     """
 
     ids: Array

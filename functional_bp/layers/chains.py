@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -64,7 +65,7 @@ def chain(*layers: Layer) -> Layer:
             results.append(result)
         return dy, tuple(reversed(results))
 
-    return _of_tuple("chain", layers, chain, init=init, forward=forward, backward=backward)
+    return _of_tuple("chain", parts, layers, chain, init=init, forward=forward, backward=backward)
 
 
 @explained(
@@ -84,7 +85,11 @@ def parallel(*layers: Layer) -> Layer:
       >>> model.apply(params, jnp.ones((1, 4))).shape
       (1, 5)
     """
-    sides = side_by_side("parallel", layers)
+    return _on_one_input("parallel", layers, parallel)
+
+
+def _on_one_input(name: str, layers: tuple[Layer, ...], rebuild: Callable[..., Layer]) -> Layer:
+    sides = side_by_side(name, layers)
 
     def copies(x: Tree) -> Tree:
         return (x,) * len(layers)
@@ -100,7 +105,7 @@ def parallel(*layers: Layer) -> Layer:
         init=lambda key, x: sides.init(key, copies(x)),
         forward=lambda params, x, key=None: sides.forward(params, copies(x), key),
         backward=backward,
-        rebuild=parallel,
+        rebuild=rebuild,
     )
 
 
@@ -128,7 +133,7 @@ def residual(layer: Layer, shortcut: Layer = identity) -> Layer:
     """
     a_layer("residual: layer", layer)
     a_layer("residual: shortcut", shortcut)
-    both = parallel(layer, shortcut)
+    both = _on_one_input("residual", (layer, shortcut), residual)
 
     def check(ys: Tree) -> None:
         if jax.tree.map(jnp.shape, ys[0]) != jax.tree.map(jnp.shape, ys[1]):
@@ -157,9 +162,7 @@ def residual(layer: Layer, shortcut: Layer = identity) -> Layer:
             around = {**jax.tree.map(jnp.zeros_like, dy), "x": dy["x"]}
         return both.backward(params, residuals, (dy, around), contract)
 
-    name = f"residual({layer.name}, {shortcut.name})"
-    of_both = dataclasses.replace(both, name=name, rebuild=residual)
-    return dataclasses.replace(of_both, init=init, forward=forward, backward=backward)
+    return dataclasses.replace(both, init=init, forward=forward, backward=backward)
 
 
 def _is_sequence(tree: Tree) -> bool:
@@ -190,18 +193,24 @@ def side_by_side(name: str, layers: tuple[Layer, ...]) -> Layer:
     def rebuild(*layers: Layer) -> Layer:
         return side_by_side(name, layers)
 
-    return _of_tuple(name, layers, rebuild, init=init, forward=forward, backward=backward)
+    return _of_tuple(name, parts, layers, rebuild, init=init, forward=forward, backward=backward)
 
 
-def _of_tuple(name: str, layers: tuple[Layer, ...], rebuild: Any, **functions: Any) -> Layer:
+def _of_tuple(
+    name: str,
+    placed: tuple[Layer, ...],
+    layers: tuple[Layer, ...],
+    rebuild: Callable[..., Layer],
+    **functions: Any,
+) -> Layer:
     """A layer whose parameters and residuals are tuples of its parts'."""
 
     def renew(params: Tree, residuals: Tree) -> Tree:
-        return tuple(layer.renew(*of_one) for layer, *of_one in zip(layers, params, residuals))
+        return tuple(layer.renew(*of_one) for layer, *of_one in zip(placed, params, residuals))
 
     def is_state(params: Tree) -> Tree:
         _check_parts(name, layers, params)
-        return tuple(layer.is_state(p) for layer, p in zip(layers, params))
+        return tuple(layer.is_state(p) for layer, p in zip(placed, params))
 
     told = f"{name}({', '.join(layer.name for layer in layers)})"
     return combined(told, layers, rebuild, renew=renew, is_state=is_state, **functions)

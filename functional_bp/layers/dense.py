@@ -82,7 +82,7 @@ def dense(
         W = params["weight"]
         da = jnp.einsum("...o,oi->...i", delta, W, preferred_element_type=accumulator(delta, W))
         factors = {"weight": Outer(delta, a)} | ({"bias": Summed(delta)} if bias else {})
-        return da.astype(a.dtype), factors
+        return da.astype(jnp.result_type(a)), factors
 
     name = f"dense({features})" if bias else f"dense({features}, bias=False)"
     return rule(init, forward, backward, name=name, check=check, batched=True)

@@ -12,7 +12,7 @@ from jax import Array
 from ..checks import ModelError, described, floating, function, whole
 from ..docstrings import explained
 from ..factors.rows import Rows
-from ..layer import Layer
+from ..layer import Layer, check_array
 from ..rules import rule
 from .dense import Initializer
 
@@ -32,7 +32,9 @@ def embedding(
     weight_init: Initializer = standard_normal,
     dtype: Any = jnp.float32,
 ) -> Layer:
-    """A vector for every id: a dense layer without bias on one-hot inputs e_k, without them.
+    """A vector for every id.
+
+    It equals a dense layer without bias on one-hot inputs e_k, but never builds those inputs.
 
     W is ``(vocabulary, features)``, ids k_t ``(*positions,)``, y and δ = ∂C/∂y ``(*positions,
     features)``. Rows that were not looked up have no gradient; ids have no ∂C/∂x: it is None.
@@ -65,6 +67,7 @@ def embedding(
         return {"weight": weight_init(key, (vocabulary, features), dtype)}
 
     def check_ids(ids: Array) -> None:
+        check_array(ids)
         if not jnp.issubdtype(jnp.result_type(ids), jnp.integer):
             raise ModelError(f"takes ids as integers, got {described(ids)}")
         if not isinstance(ids, (jax.core.Tracer, jax.ShapeDtypeStruct)):

@@ -58,7 +58,8 @@ def at(entry: str, layer: Layer) -> Layer:
     def rebuild(part: Layer) -> Layer:
         return at(entry, part)
 
-    return combined(name, (layer,), rebuild, init=init, forward=forward, backward=backward)
+    functions: Any = {"init": init, "forward": forward, "backward": backward}
+    return combined(name, (layer,), rebuild, renew=part.renew, is_state=part.is_state, **functions)
 
 
 @explained(

@@ -70,7 +70,7 @@ multiply = rule(
     backward="∂C/∂x_i = the part of ∂C/∂y that came from x_i",
 )
 def concatenate(axis: int = -1) -> Layer:
-    """The arrays of a tuple one after another on ``axis``, counted within one example.
+    """The arrays of a tuple one after another on ``axis``, which does not count the batch axis.
 
     Raises:
       ModelError: where the input is not a tuple of arrays that differ on ``axis`` alone.

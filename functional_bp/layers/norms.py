@@ -26,7 +26,7 @@ from jax import Array, lax
 from ..checks import ModelError, described, flag, number, whole
 from ..docstrings import explained
 from ..factors.factored import Summed, accumulator, wide
-from ..layer import Layer, check_array
+from ..layer import Layer, batch_of, check_array
 from ..rules import rule
 
 Tree = Any
@@ -36,8 +36,8 @@ BACK = """g = ∂C/∂y ⊙ s
 ∂C/∂x = r (g − mean g − x̂ mean (g ⊙ x̂))
 ∂C/∂s = Σ ∂C/∂y ⊙ x̂,  ∂C/∂b = Σ ∂C/∂y"""
 
-RUNNING = """mean ← (1 − m) mean + m μ,  var ← (1 − m) var + m σ² N / (N − 1)
-at inference  x̂ = (x − mean) / √(var + ε)"""
+RUNNING = """μ̄ ← (1 − m) μ̄ + m μ,  σ̄² ← (1 − m) σ̄² + m σ² N / (N − 1)
+at inference  x̂ = (x − μ̄) r̄,  r̄ = 1 / √(σ̄² + ε)"""
 
 
 class Normalised(NamedTuple):
@@ -88,6 +88,7 @@ def _of_features(vector: Array, x: Array) -> Array:
 
 
 def _initial(names: tuple[str, ...], x: Array) -> Tree:
+    check_array(x)
     ones = {"scale": jnp.ones(x.shape[-1:], x.dtype)}
     return ones | {name: jnp.zeros(x.shape[-1:], x.dtype) for name in names if name != "scale"}
 
@@ -125,8 +126,10 @@ def _each_by_itself(
     names = _checked(kind, epsilon, bias)
 
     def init(key: Array, x: Array) -> Tree:
-        check_array(x)
-        return _initial(names, x)
+        params = _initial(names, x)
+        check_all(params, x)
+        jax.eval_shape(forward, params, batch_of(1, x))  # raises for groups of one number
+        return params
 
     def check_all(params: Tree, x: Array) -> None:
         _check(names, params, x)
@@ -209,7 +212,7 @@ def group_norm(groups: int, *, epsilon: float = 1e-5, bias: bool = True) -> Laye
         epsilon,
         bias,
         lambda ndim: (1, 3),
-        lambda x: x.reshape(len(x), -1, groups, x.shape[-1] // groups),
+        lambda x: x.reshape(len(x), math.prod(x.shape[1:-1]), groups, x.shape[-1] // groups),
         check,
         (str(groups),),
     )
@@ -265,7 +268,6 @@ def rms_norm(*, epsilon: float = 1e-5) -> Layer:
     _checked("rms_norm", epsilon, bias=False)
 
     def init(key: Array, x: Array) -> Tree:
-        check_array(x)
         return _initial(("scale",), x)
 
     def forward(params: Tree, x: Array, key: Array | None = None) -> tuple[Array, Tree]:
@@ -287,14 +289,15 @@ def rms_norm(*, epsilon: float = 1e-5) -> Layer:
 
 @explained(
     forward=f"{NORMALISED}\n{RUNNING}",
-    backward=BACK,
+    backward=f"{BACK}\nat inference  ∂C/∂x = r̄ g",
 )
 def batch_norm(*, momentum: float = 0.1, epsilon: float = 1e-5, bias: bool = True) -> Layer:
     """Each feature, over all positions of all examples of the batch, with mean 0 and variance 1.
 
     x and y are ``(*positions, features)``, s and b ``(features,)``; means run over the N numbers
-    that the batch has of a feature, σ² is their variance, and the running ``var`` is of the
-    unbiased one. (Ioffe & Szegedy 2015, "Batch normalization".)
+    that the batch has of a feature, and σ² is their variance. The running averages are μ̄,
+    ``mean``, and σ̄², ``var``, which is of the unbiased variance. (Ioffe & Szegedy 2015, "Batch
+    normalization".)
 
     Parameters: ``scale``, ``bias``, and the state ``mean`` and ``var``, all ``(features,)``; the
     state is renewed by ``bp.fit`` and by ``bp.value_and_grad(…, renew=True)``, has no gradient, and
@@ -325,9 +328,9 @@ def batch_norm(*, momentum: float = 0.1, epsilon: float = 1e-5, bias: bool = Tru
     check = functools.partial(_check, (*names, *STATE))
 
     def init(key: Array, x: Array) -> Tree:
-        check_array(x)
+        params = _initial(names, x)
         zeros = jnp.zeros(x.shape[-1:], accumulator(x))
-        return _initial(names, x) | {"mean": zeros, "var": zeros + 1}
+        return params | {"mean": zeros, "var": zeros + 1}
 
     def forward(params: Tree, x: Array, key: Array | None = None) -> tuple[Array, Tree]:
         kept, mean, variance = _normalised(x, tuple(range(x.ndim - 1)), epsilon)

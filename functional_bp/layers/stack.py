@@ -91,6 +91,7 @@ def repeat(layer: Layer, n: int) -> Layer:
         forward=forward,
         backward=backward,
         renew=renew,
+        is_state=one.is_state,
     )
 
 

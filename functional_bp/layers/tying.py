@@ -101,6 +101,8 @@ def tied(layer: Any, ties: Ties) -> Any:
 
 
 def _tied_loss(loss: Loss, ties: Ties) -> Loss:
+    if not loss.has_parameters:
+        raise ModelError(f"tied: takes a loss that has parameters, got {loss.name}")
     for path, source in ties.items():
         if path[:1] != (1,) or source[:1] != (0,):
             raise ModelError(

@@ -172,6 +172,8 @@ kl_divergence = loss(
     _softmax_delta,
     name="kl_divergence",
     check=same_shape,
+    root=_softmax_root,
+    sample=_softmax_sample,
     equations=(
         "p = softmax(a)\nC = mean over positions of Σ_k y_k log(y_k / p_k)",
         "∂C/∂a = (p Σ_k y_k − y) / positions",
@@ -187,7 +189,7 @@ kl_divergence = loss(
     forward="""
         q = (1 − α) one_hot(y) + α / K,  p = softmax(a)
         C = mean over positions of −Σ_k q_k log p_k""",
-    backward="∂C/∂a = (p − q) / positions",
+    backward="∂C/∂a = (p Σ_k q_k − q) / positions",
 )
 def smoothed_softmax_cross_entropy(smoothing: float) -> Loss:
     """Softmax cross-entropy with smoothed labels, from logits and class ids.
@@ -205,7 +207,9 @@ def smoothed_softmax_cross_entropy(smoothing: float) -> Loss:
     """
     number("smoothed_softmax_cross_entropy: smoothing", smoothing, least=0, most=1)
 
-    def smoothed(a: Array, y: Array) -> Array:
+    def smoothed(a: Array, y: Tree) -> Tree:
+        if isinstance(y, dict):
+            return {**y, "y": smoothed(a, y["y"])}
         q = jax.nn.one_hot(y, a.shape[-1], dtype=accumulator(a)) if is_ids(a, y) else y
         return (1 - smoothing) * q + smoothing / a.shape[-1]
 

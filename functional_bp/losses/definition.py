@@ -15,7 +15,7 @@ from ..checks import ModelError, described, function, text, told
 from ..contractions import check_factors, contract_factors, is_factor, keep
 from ..docstrings import Equations, composed, stated
 from ..factors.factored import per_example
-from ..layer import Layer, a_layer, no_parameters, placed
+from ..layer import Layer, a_layer, no_parameters, one_of, placed
 
 Tree = Any
 
@@ -62,9 +62,8 @@ class Loss:
     def __post_init__(self) -> None:
         text(f"{self.name}: doc", self.doc)
         object.__setattr__(self, "equations", stated(f"{self.name}: equations", self.equations))
-        if self.doc or self.equations:
-            described = composed(self.doc or f"{self.name}.", self.equations)
-            object.__setattr__(self, "__doc__", described)
+        words = composed(self.doc or f"The loss {self.name}.", self.equations)
+        object.__setattr__(self, "__doc__", words)
 
     @property
     def has_parameters(self) -> bool:
@@ -73,7 +72,7 @@ class Loss:
 
     def of_model(self, params: Tree) -> Tree:
         """The model's part of the parameters."""
-        return params[0] if self.has_parameters else params
+        return pair_of(self.name, params)[0] if self.has_parameters else params
 
     # Compiled, because vmap outside jit goes from operation to operation, 10 ms for a loss whose
     # arithmetic is microseconds. Inside jit they are inlined and leave no trace.
@@ -84,7 +83,7 @@ class Loss:
 
         def scalar(*args: Tree) -> Array:
             cost = self.value(*args)
-            if jnp.shape(cost) != ():
+            if jax.tree.map(jnp.shape, cost) != ():
                 raise ModelError(f"takes a value that is a scalar, got {described(cost)}")
             return cost
 
@@ -126,7 +125,17 @@ class Loss:
 
     def _forward(self, params: Tree, ay: Tree, key: Array | None = None) -> tuple[Array, Tree]:
         self.check(*ay)
+        if self.has_parameters:
+            self._check_parameters(params, *one_of(ay))
         return self.costs(*self._given(params), *ay), ay
+
+    def _check_parameters(self, params: Tree, a: Tree, y: Tree) -> None:
+        wanted = jax.eval_shape(self.init, jax.random.key(0), a, y)
+        if jax.tree.map(jnp.shape, wanted) != jax.tree.map(jnp.shape, params):
+            raise ModelError(
+                f"takes parameters {described(wanted)}, got {described(params)}; are they another "
+                "model's?"
+            )
 
     def _backward(
         self, params: Tree, ay: Tree, weights: Array, contract: Tree = keep
@@ -142,6 +151,16 @@ class Loss:
 
     def __repr__(self) -> str:
         return self.name
+
+
+def pair_of(name: str, params: Tree) -> tuple[Tree, Tree]:
+    """The model's and the loss's parameters."""
+    if not isinstance(params, tuple) or len(params) != 2:
+        raise ModelError(
+            f"{name}: takes parameters as the tuple (model's, loss's), as bp.init makes them, got "
+            f"{described(params)}"
+        )
+    return params
 
 
 def loss(
@@ -174,7 +193,7 @@ def loss(
         (∂C/∂a, factors)``, with one ``bp.factors.Factored`` at each parameter. Make the parameters
         of a model with such a loss by ``bp.init``: they are the pair ``(model's, loss's)``.
       head: ``(layer, loss)``, a layer with the parameters of this loss and a loss without, which
-        together are the same. What needs a Hessian by outputs needs it of a loss with parameters.
+        together are the same. For a loss with parameters, curvature needs it.
       equations: what it computes and its δ, as two texts of one equation a line.
       doc: what else ``help`` shows of it.
 
@@ -195,6 +214,8 @@ def loss(
         if not isinstance(head, tuple) or len(head) != 2 or not isinstance(head[1], Loss):
             raise ModelError(f"{name}: head: takes a layer and a loss, got {told(head)}")
         a_layer(f"{name}: head", head[0])
+        if head[1].has_parameters:
+            raise ModelError(f"{name}: head: takes a loss without parameters, got {head[1]}")
     return Loss(
         name=name,
         value=value,

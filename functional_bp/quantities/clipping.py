@@ -16,7 +16,16 @@ from ..checks import ModelError, choice, flag, number, whole
 from ..contractions import contract_factors, keep, squared_norms, total, weighted
 from ..layer import Layer
 from ..losses.definition import Loss
-from ..quantity import Batch, OfBatch, Recursion, Results, in_batches, learned, like
+from ..quantity import (
+    Batch,
+    OfBatch,
+    Recursion,
+    Results,
+    documented,
+    in_batches,
+    learned,
+    like,
+)
 from ..recursion import check_batch, separate
 from .norms import GROUPS, examples_first, norms_of
 
@@ -68,14 +77,16 @@ def clipped_grad(
         by one) is clipped by itself to max_norm / √K, so that the whole keeps to ``max_norm``.
         (McMahan et al. 2018, "Learning differentially private recurrent language models".)
       recursions: 2 or 1.
-      has_aux: return ``(g, Clipped(loss, norms))``.
+      has_aux: return ``(g, aux)``: ``aux.loss``, the mean cost Σ wₙ Cₙ / Σ wₙ over the examples
+        whose gradients are finite; ``aux.norms``, ‖gₙ‖ before clipping, as
+        ``per_example_grad_norms`` gives them for this ``per``.
       microbatch: examples at a time; None for all at once.
 
     Returns:
       ``fn(params, x, y, *, weights=None, key=None) -> tree`` of ``params``. Weights wₙ are 1 if
       not given; an example of weight 0 adds nothing and never changes the divisor. Adding or
-      removing an example of weight w changes g by at most w · max_norm / normalize_by, where
-      ``normalize_by`` is given: the number of rows, which stands in for it, is another then.
+      removing an example of weight w changes g by at most w · max_norm / normalize_by. This bound
+      needs ``normalize_by``: without it the divisor is the number of rows, which changes then.
       An example whose gradient is not finite, or whose squared norm overflows, adds nothing. g is
       0 where no example is left, and wherever even what is left sums to no finite number.
 
@@ -122,6 +133,7 @@ def clipped_grad(
 
     run = in_batches(cost, formula, microbatch)
 
+    @documented(OfBatch)
     def fn(
         params: Tree, x: Tree, y: Tree, *, weights: Array | None = None, key: Array | None = None
     ) -> Any:

@@ -11,6 +11,7 @@ A loss with parameters has no H by the model's outputs: its ``head`` says of whi
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -22,6 +23,7 @@ from jax import Array, lax
 from ..checks import ModelError, choice, whole
 from ..contractions import second_moment, second_order, squared_norms, total
 from ..factors.factored import per_example
+from ..freezing import merged
 from ..layer import Layer
 from ..layers.chains import chain
 from ..losses.definition import Loss
@@ -75,10 +77,10 @@ def hvp(model: Layer, loss: Loss, *, microbatch: int | None = None) -> AlongVect
     def product(
         params: Tree, x: Tree, y: Tree, v: Tree, weights: Array | None, key: Array | None
     ) -> Tree:
-        def of(params: Tree) -> Tree:
-            return gradient(params, x, y, weights=weights, key=key)
+        def of(trained: Tree) -> Tree:
+            return gradient(merged(trained, params), x, y, weights=weights, key=key)
 
-        return jax.jvp(of, (params,), (vector(cost, params, v),))[1]
+        return jax.jvp(of, (learned(cost, params),), (vector(cost, params, v),))[1]
 
     return along_vector(product)
 
@@ -105,7 +107,11 @@ def ggnvp(model: Layer, loss: Loss, *, microbatch: int | None = None) -> AlongVe
     def formula(batch: Batch) -> Results:
         params, v = batch.params, batch.given
         a, backward = forward_pass(model, loss, params, batch.x, batch.y, batch.key)
-        _, jv = jax.jvp(lambda p: model.forward(p, batch.x, batch.key)[0], (params,), (v,))
+
+        def outputs(trained: Tree) -> Tree:
+            return model.forward(merged(trained, params), batch.x, batch.key)[0]
+
+        _, jv = jax.jvp(outputs, (learned(cost, params),), (v,))
         _, hjv = jax.jvp(lambda a: loss.deltas(a, batch.y), (a,), (jv,))
         return Results(backward(_scaled(batch.weights, hjv), total))
 
@@ -190,7 +196,7 @@ def kronecker_factors(
 ) -> OfBatch[Tree]:
     """Kronecker factors of each parameter's block of the Fisher or Gauss–Newton matrix.
 
-        mean of gₙ gₙᵀ ≈ A ⊗ G,   gₙ = δₙ aₙᵀ  (o, i)
+        mean of vec(gₙ) vec(gₙ)ᵀ ≈ A ⊗ G,   gₙ = δₙ aₙᵀ  (o, i), its columns one below the other
         A = Σₙ wₙ aₙ aₙᵀ / Σₙ wₙ,   G = Σₙ wₙ δₙ δₙᵀ / Σₙ wₙ
 
     Conventions: δₙ is ∂Cₙ/∂z of one example's own cost, so the 1/N of the mean stands in A and G
@@ -268,7 +274,13 @@ def _with_outputs(model: Layer, loss: Loss) -> tuple[Layer, Loss]:
             "give head= to bp.losses.loss"
         )
     layer, of_outputs = loss.head
-    return loss.joined(chain(model, layer)), of_outputs
+
+    def forward(params: Tree, x: Tree, key: Array | None = None) -> tuple[Tree, Tree]:
+        a, residuals = model.forward(params[0], x, key)  # the key is the model's, as elsewhere
+        outputs, of_layer = layer.forward(params[1], a)
+        return outputs, (residuals, of_layer)
+
+    return loss.joined(dataclasses.replace(chain(model, layer), forward=forward)), of_outputs
 
 
 def _deltas(loss: Loss, fisher: str, samples: int) -> Callable[..., Tree]:

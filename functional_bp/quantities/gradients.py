@@ -13,7 +13,16 @@ from ..contractions import drop, each_delta, total
 from ..freezing import Frozen, check_frozen, frozen_leaves, merged, trainable
 from ..layer import Layer, textbook
 from ..losses.definition import Loss
-from ..quantity import Batch, OfBatch, OfExamples, Results, in_batches, like, of_examples
+from ..quantity import (
+    Batch,
+    OfBatch,
+    OfExamples,
+    Results,
+    documented,
+    in_batches,
+    like,
+    of_examples,
+)
 from ..recursion import with_loss
 
 Tree = Any
@@ -67,7 +76,10 @@ def value_and_grad(
     choice("method", method, METHODS)
     check_frozen(frozen)
     if flag("renew", renew) and microbatch is not None:
-        raise ModelError("renew: takes the whole batch at once, microbatch=None")
+        raise ModelError(
+            "microbatch: takes None where a layer's state is renewed, which all examples of a "
+            f"batch do together, got {microbatch}"
+        )
     formula_of_autodiff = textbook(cost)
 
     def untrained(params: Tree) -> Tree:
@@ -97,6 +109,7 @@ def value_and_grad(
     formula = manual if method == "manual" else autodiff
     run = in_batches(cost, formula, microbatch, mean=True, trained=trained)
 
+    @documented(OfBatch)
     def fn(
         params: Tree, x: Tree, y: Tree, *, weights: Array | None = None, key: Array | None = None
     ) -> tuple[Any, Tree]:
@@ -111,7 +124,9 @@ def _with_state(cost: Layer, params: Tree, renewed: Tree) -> Tree:
     """The parameters with the state of the renewed ones."""
 
     def either(state: bool, p: Array, new: Array) -> Array:
-        return new.astype(p.dtype) if state else p
+        if not state:
+            return p
+        return new if new.dtype == p.dtype else new.astype(p.dtype)
 
     return jax.tree.map(either, cost.is_state(params), params, renewed)
 
@@ -136,6 +151,7 @@ def grad(
     """
     both = value_and_grad(model, loss, method=method, frozen=frozen, microbatch=microbatch)
 
+    @documented(OfBatch)
     def fn(
         params: Tree, x: Tree, y: Tree, *, weights: Array | None = None, key: Array | None = None
     ) -> Tree:

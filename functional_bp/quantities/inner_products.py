@@ -15,7 +15,7 @@ from ..checks import ModelError, described, told
 from ..contractions import dot, gram, is_factor, keep
 from ..layer import Layer, a_layer
 from ..losses.definition import Loss, loss
-from ..quantity import Batch, Results, in_batches
+from ..quantity import Batch, Results, documented, in_batches, learned
 from ..recursion import check_batch, separate
 
 Tree = Any
@@ -98,6 +98,7 @@ def grad_gram(model: Layer, loss: Loss, *, microbatch: int | None = None) -> Gra
 
     at_once, in_pairs = (in_batches(cost, formula, microbatch) for formula in (of_whole, rows))
 
+    @documented(GramOfBatch)
     def fn(
         params: Tree, x: Tree, y: Tree, *, other: Tree = None, key: Array | None = None
     ) -> Array:
@@ -147,6 +148,7 @@ def empirical_ntk(model: Layer, *, microbatch: int | None = None) -> KernelOfInp
     """
     grams = grad_gram(a_layer("model", model), _output, microbatch=microbatch)
 
+    @documented(KernelOfInputs)
     def fn(params: Tree, x: Tree, *, other: Tree = None) -> Array:
         check_batch(x, x)
         a = jax.eval_shape(lambda: model.apply(params, x))
@@ -205,6 +207,7 @@ def grad_dots(model: Layer, loss: Loss, *, microbatch: int | None = None) -> Dot
 
     run = in_batches(cost, formula, microbatch)
 
+    @documented(DotsOfBatch)
     def fn(params: Tree, x: Tree, y: Tree, v: Tree, *, key: Array | None = None) -> Array:
         return run(params, x, y, None, key, vector(cost, params, v)).rows
 
@@ -212,15 +215,12 @@ def grad_dots(model: Layer, loss: Loss, *, microbatch: int | None = None) -> Dot
 
 
 def vector(cost: Layer, params: Tree, v: Tree) -> Tree:
-    """``v`` in the dtypes of the parameters, and 0 at their state, where it may be None."""
-
-    def at_state(state: bool, p: Array, v: Tree) -> Tree:
-        return jnp.zeros_like(p) if state else v
-
+    """``v`` in the dtypes of the parameters, and None at their state."""
+    trained = learned(cost, params)
     with contextlib.suppress(ValueError, TypeError):  # what does not fit is told below
-        v = jax.tree.map(at_state, cost.is_state(params), params, v)
-    check_like_params("v", params, v)
-    return jax.tree.map(lambda p, v: jnp.asarray(v, p.dtype), params, v)
+        v = jax.tree.map(lambda state, v: None if state else v, cost.is_state(params), v)
+    check_like_params("v", trained, v)
+    return jax.tree.map(lambda p, v: jnp.asarray(v, p.dtype), trained, v)
 
 
 def check_like_params(what: str, params: Tree, v: Tree) -> None:

@@ -97,7 +97,9 @@ def check_layer(
         with jax.enable_x64(True), jax.disable_jit():
             examples = [draw.example_like(x) for _ in range(batch)]
             with jax.disable_jit(False):
-                params = form.init(jax.random.key(seed), examples[0])
+                params = layer.init(jax.random.key(seed), examples[0])
+            if form.is_state(params) != layer.is_state(params):
+                raise AssertionError(f"{of_form.name}: has another state than in training")
             _prove(of_form, draw, form, draw.moved(params), examples, key)
 
 

@@ -147,3 +147,5 @@ def check_metrics(metrics: Any) -> None:
         raise ModelError(f"metrics: takes a dict of functions by name, got {told(metrics)}")
     for name, metric in (metrics or {}).items():
         function(f"metrics: {name}", metric)
+        if name == "loss":
+            raise ModelError("metrics: takes names beside the loss's own, got 'loss'")

@@ -68,13 +68,16 @@ def fit(
         function ``epoch -> iterable``, such as ``bp.minibatches`` makes. A smaller batch is filled
         up with examples of weight 0 rather than compiled for, unless a layer mixes examples.
         What layers keep as state, such as running averages, is renewed with each batch.
+        (Batch norm takes no batch of a single number for each feature: see to the last one.)
       optimizer: any ``optax.GradientTransformation``. Schedules and clipping are optax's:
         ``optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))``.
       epochs, steps: how long to train; one of the two.
       key: for the noise of layers such as dropout: step i draws from ``fold_in(key, i)``. Without
         a key there is no noise.
       method, frozen, microbatch: as in ``bp.value_and_grad``. The optimiser never meets a frozen
-        parameter, so its weight decay does not either.
+        parameter, so its weight decay does not either. A layer's state is renewed all the same: to
+        keep running averages too, put ``layer.inference()`` in its place. With such layers there
+        are no microbatches.
       evaluation: batches to evaluate at every look at the run.
       metrics: what to evaluate besides the loss, as in ``bp.evaluate``.
       callbacks: functions of the ``bp.Run`` so far, called at every look. Its arrays are good
@@ -86,15 +89,15 @@ def fit(
         or within 256 steps: no step waits for its loss.
       progress: whether to show a progress bar, where tqdm is installed.
       checkpoints: a folder for checkpoints (the extra ``checkpoint``). The two latest are kept. A
-        process killed at any moment leaves the last complete one. One that Ctrl-C ends leaves one
-        of its last step before ``KeyboardInterrupt`` goes on; a second Ctrl-C ends it at once. One
-        run at a time writes in a folder.
+        process killed at any moment leaves the last complete one. After Ctrl-C the run writes a
+        checkpoint of its last step, then raises ``KeyboardInterrupt``; a second Ctrl-C ends it at
+        once. Only one run may write to a folder at a time.
       resume: whether to go on from the latest checkpoint in the folder, if it has one. Parameters,
         optimiser, noise and history become those of a run that never stopped, bit for bit, if
         ``batches`` gives each epoch the same batches again. Another model, loss, kind of optimiser,
-        key or choice of frozen parameters is refused, functions of the same name but another
-        content included. Another learning rate or option of the optimiser, batch size, order of
-        the batches, method, microbatch or version of JAX is taken, and said by a ``UserWarning``.
+        key or choice of frozen parameters is refused. This includes functions that have the same
+        name but different code. Another learning rate or option of the optimiser, batch size, order
+        of the batches, method, microbatch or version of JAX is accepted with a ``UserWarning``.
         To compare, the first batch of the first epoch is asked for once more.
 
     Returns:

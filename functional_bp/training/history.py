@@ -13,7 +13,7 @@ from jax import Array
 Tree = Any
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class History:
     """What a run recorded, as NumPy arrays.
 
@@ -72,7 +72,7 @@ class History:
 UNTRAINED = History(np.zeros(0), np.zeros(0), np.zeros(0, int), np.zeros(0, int), {})
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Run:
     """A training run as far as it has come: what ``bp.fit`` returns and gives to callbacks.
 

@@ -10,9 +10,11 @@ import optax
 from jax import Array, lax
 
 from ..checks import ModelError, number, told, whole
+from ..freezing import merged
 from ..layer import Layer
 from ..losses.definition import Loss
 from ..quantities.curvature import Kronecker, kronecker_factors
+from ..recursion import with_loss
 
 Tree = Any
 
@@ -65,7 +67,8 @@ def kfac(
     Returns:
       A transformation whose ``update(gradient, state, params, *, x, y, weights=None, key=None)``
       also takes the batch that the gradient is of, and a key if ``fisher`` is ``"sampled"``. A
-      parameter without factors is stepped along its gradient.
+      parameter without factors is stepped along its gradient. Where some parameters are frozen or
+      state, and so None in ``params``, ``untrained`` is a tree that has them.
 
     Raises:
       ModelError: for an argument out of its range, and as ``bp.kronecker_factors``.
@@ -84,8 +87,10 @@ def kfac(
 
     def init(params: Tree) -> KfacState:
         key = jax.random.key(0)
-        shapes = jax.eval_shape(lambda x, y: estimate(params, x, y, key=key), *batch)
-        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+        one = jax.eval_shape(lambda batch: jax.tree.map(lambda leaf: leaf[0], batch), batch)
+        every = merged(params, jax.eval_shape(with_loss(model, loss).init, key, one))
+        shapes = jax.eval_shape(lambda p, x, y: estimate(p, x, y, key=key), every, *batch)
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), _where_trained(params, shapes))
         return KfacState(jnp.zeros((), jnp.int32), zeros, zeros)
 
     def update(
@@ -97,9 +102,11 @@ def kfac(
         y: Tree,
         weights: Array | None = None,
         key: Array | None = None,
+        untrained: Tree = None,
         **_: Any,
     ) -> tuple[Tree, KfacState]:
-        new = estimate(params, x, y, weights=weights, key=key)
+        every = params if untrained is None else merged(params, untrained)
+        new = _where_trained(gradient, estimate(every, x, y, weights=weights, key=key))
         factors = jax.tree.map(lambda f, n: decay * f + (1 - decay) * n, state.factors, new)
         steps = state.steps + 1
 
@@ -112,17 +119,12 @@ def kfac(
         inverses = lax.cond(state.steps % inverse_every == 0, inverted, lambda: state.inverses)
         step = jax.tree.map(_preconditioned, gradient, inverses)
         if max_step is not None:
-            rate = learning_rate(state.steps) if callable(learning_rate) else learning_rate
-            step = _bounded(step, gradient, rate, max_step)
+            step = _bounded(step, gradient, learning_rate, state.steps, max_step)
         return step, KfacState(steps, factors, inverses)
 
-    return optax.with_extra_args_support(
-        optax.chain(
-            optax.GradientTransformationExtraArgs(init, update),
-            optax.trace(momentum),
-            optax.scale_by_learning_rate(learning_rate),
-        )
-    )
+    natural = optax.GradientTransformationExtraArgs(init, update)
+    rest = optax.trace(momentum), optax.scale_by_learning_rate(learning_rate)
+    return optax.with_extra_args_support(optax.chain(natural, *rest))
 
 
 def _check_options(
@@ -146,8 +148,16 @@ def _check_options(
     whole("inverse_every", inverse_every)
 
 
-def _bounded(step: Tree, gradient: Tree, rate: Any, most: float) -> Tree:
+def _where_trained(trained: Tree, tree: Tree) -> Tree:
+    """``tree`` with None at the parameters that are not trained."""
+    return jax.tree.map(
+        lambda p, below: None if p is None else below, trained, tree, is_leaf=lambda p: p is None
+    )
+
+
+def _bounded(step: Tree, gradient: Tree, learning_rate: Any, steps: Array, most: float) -> Tree:
     """The step, shortened where η² ⟨u, g⟩ is more than ``most``."""
+    rate = learning_rate(steps) if callable(learning_rate) else learning_rate
     products = jax.tree.map(lambda u, g: jnp.vdot(u, g), step, gradient)
     length = rate**2 * sum(jax.tree.leaves(products))
     shrink = jnp.sqrt(most / jnp.maximum(most, length))

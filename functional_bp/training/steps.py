@@ -14,7 +14,7 @@ from jax import Array
 
 from ..checks import abstract
 from ..freezing import frozen_leaves, merged, trainable
-from ..layer import Layer
+from ..layer import Layer, renews
 from ..losses.definition import Loss
 from ..quantities.gradients import value_and_grad
 from ..recursion import with_loss
@@ -115,21 +115,17 @@ class Halves(NamedTuple):
 def halves(setting: Setting) -> Halves:
     """The halves of a step; ``batch`` is a dict of x, y, weights and key."""
     model, loss, optimizer, method, _, microbatch = setting
-    options: Any = {"frozen": setting.is_frozen}
-    plain = value_and_grad(model, loss, method=method, microbatch=microbatch, **options)
-    differentiable = value_and_grad(model, loss, method="autodiff", **options)
+    frozen, renew = setting.is_frozen, renews(model)
+    options: Any = {"method": method, "microbatch": microbatch, "renew": renew}
+    of_batch = value_and_grad(model, loss, frozen=frozen, **options)
+    differentiable = value_and_grad(model, loss, method="autodiff", frozen=frozen)
     optimizer = optax.with_extra_args_support(optimizer)
 
     def gradient(params: Tree, batch: Tree) -> tuple[Array, Tree, Tree]:
-        running = jax.tree.map(operator.not_, setting.is_state(params))
-        if all(jax.tree.leaves(running)):  # no layer has any state
-            cost, gradient = plain(params, **batch)
-            return cost, trainable(params, running), gradient
-        renewing = value_and_grad(
-            model, loss, method=method, microbatch=microbatch, renew=True, **options
-        )
-        (cost, params), gradient = renewing(params, **batch)
-        return cost, trainable(params, running), gradient
+        value, gradient = of_batch(params, **batch)
+        cost, params = value if renew else (value, params)
+        not_state = jax.tree.map(operator.not_, setting.is_state(params))
+        return cost, trainable(params, not_state), gradient
 
     def update(
         params: Tree, trained: Tree, opt_state: Tree, batch: Tree, cost: Array, gradient: Tree
@@ -144,8 +140,9 @@ def halves(setting: Setting) -> Halves:
             return differentiable(merged(trained, params), x, y, weights=weights, key=key)[0]
 
         # What some optimisers ask for besides: plateaus the cost, line searches the function,
-        # curvature the batch.
+        # curvature the batch and all parameters.
         extra = {**batch, "value": cost, "grad": gradient, "value_fn": value_fn}
+        extra["untrained"] = params
         updates, opt_state = optimizer.update(gradient, opt_state, trained, **extra)
         return optax.apply_updates(trained, updates), opt_state
 

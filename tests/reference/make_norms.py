@@ -25,17 +25,17 @@ class ChannelsLast(nn.Module):
         return self.norm(x.movedim(-1, 1)).movedim(1, -1)
 
 
-# The norm, and the positions of an example.
+# The norm, and the shape of an example.
 NORMS = {
-    "layer_norm": (nn.LayerNorm(C), (3,)),
-    "layer_norm of vectors, without bias": (nn.LayerNorm(C, eps=1e-2, bias=False), ()),
-    "rms_norm": (nn.RMSNorm(C, eps=1e-5), (3,)),
-    "group_norm": (ChannelsLast(nn.GroupNorm(2, C)), (3,)),
-    "group_norm of images": (ChannelsLast(nn.GroupNorm(2, C)), (2, 3)),
-    "instance_norm": (ChannelsLast(nn.InstanceNorm1d(C, affine=True)), (3,)),
-    "instance_norm of images": (ChannelsLast(nn.InstanceNorm2d(C, affine=True)), (2, 3)),
-    "batch_norm": (ChannelsLast(nn.BatchNorm1d(C)), ()),
-    "batch_norm at positions": (ChannelsLast(nn.BatchNorm1d(C)), (3,)),
+    "layer_norm": (nn.LayerNorm(C), (3, C)),
+    "layer_norm of vectors, without bias": (nn.LayerNorm(C, eps=1e-2, bias=False), (C,)),
+    "rms_norm": (nn.RMSNorm(C, eps=1e-5), (3, C)),
+    "group_norm": (ChannelsLast(nn.GroupNorm(2, C)), (3, C)),
+    "group_norm of images": (ChannelsLast(nn.GroupNorm(3, 6)), (2, 2, 6)),
+    "instance_norm": (ChannelsLast(nn.InstanceNorm1d(C, affine=True)), (3, C)),
+    "instance_norm of images": (ChannelsLast(nn.InstanceNorm2d(C, affine=True)), (2, 3, C)),
+    "batch_norm": (ChannelsLast(nn.BatchNorm1d(C)), (C,)),
+    "batch_norm at positions": (ChannelsLast(nn.BatchNorm1d(C)), (3, C)),
 }
 
 
@@ -43,12 +43,12 @@ def normal(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, dtype=torch.float64)
 
 
-def arrays_of(norm: nn.Module, positions: tuple[int, ...]) -> dict[str, np.ndarray]:
+def arrays_of(norm: nn.Module, shape: tuple[int, ...]) -> dict[str, np.ndarray]:
     """Everything that goes into one forward and backward pass, and that comes out; C = Σ y ⊙ dy."""
     norm = norm.to(torch.float64)
     for parameter in norm.parameters():
         nn.init.normal_(parameter)
-    x = (2 * normal(N, *positions, C) + normal(C)).requires_grad_()
+    x = (2 * normal(N, *shape) + normal(shape[-1])).requires_grad_()
     y = norm(x)
     dy = normal(*y.shape)
     y.backward(dy)

@@ -30,8 +30,9 @@ def bidirectional(forward: Layer, backward: Layer | None = None) -> Layer:
 
     Args:
       forward: a recurrent layer, ``bp.lstm(64)``, or a model with such layers.
-      backward: the one that runs from the last valid step to the first; ``forward``'s own kind,
-        with parameters of its own, if not given.
+      backward: the one that runs from the last valid step to the first, as
+        ``bp.lstm(64, reverse=True)`` does; ``forward``'s own kind from that end, with parameters of
+        its own, if not given.
 
     The input and the output are those of the two layers; of ``state``, ``forward`` takes the
     first and ``backward`` the second. Parameters are the tuple ``(forward's, backward's)``.

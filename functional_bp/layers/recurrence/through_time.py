@@ -61,7 +61,8 @@ Tree = Any
     backward="""
         δ_t, ∂C/∂s_{t−1}  from  ∂C/∂s_t,   ∂C/∂h_t = ∂C/∂y_t + (what came back through step t + 1)
         ∂C/∂x_t = W_xᵀ δ_t
-        ∂C/∂W_x = Σ_t δ_t x_tᵀ,  ∂C/∂W_h = Σ_t δ_t h_{t−1}ᵀ,  ∂C/∂b = Σ_t δ_t       (BP3, BP4)""",
+        ∂C/∂W_x = Σ_t δ_t x_tᵀ,  ∂C/∂b = Σ_t δ_t       (BP3, BP4)
+        the other parameters by the cell's factors""",
 )
 def through_time(
     cell: Cell,
@@ -83,8 +84,7 @@ def through_time(
         state   a tuple of initial states, one for each recurrent layer that the tree passes. This
                 layer takes the first, a dict of ``(h,)``, and puts its final one at the end, so
                 that a chain turns the initial states of its layers into their final states, in
-                the same order. Give exactly one for each recurrent layer of the model: of more,
-                those left over come first
+                the same order. Give exactly one for each recurrent layer of the model
 
     of which ``length`` and ``state`` may be left out. The output is an array for an array; for a
     tree it is the same tree with the outputs in place of ``x``. Without a state given, the
@@ -99,8 +99,8 @@ def through_time(
       truncate: no δ passes from one run of this many steps to the one before, as if a long
         stream were cut into such chunks and only the state carried across. (Williams & Peng 1990.)
       checkpoint: keep the state alone, once in so many steps, and recompute from there what the
-        backward needs: memory for T/k states and k steps, which is √T for ``True``,
-        k = √T. (Chen et al. 2016, "Training deep nets with sublinear memory cost".)
+        backward needs. Memory is T/k states and k steps; ``True`` chooses k = √T. (Chen et al.
+        2016, "Training deep nets with sublinear memory cost".)
 
     Raises:
       ModelError: for an argument that is none of these; in use, for inputs, lengths, states or
