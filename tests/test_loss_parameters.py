@@ -212,10 +212,10 @@ def first_order(model, loss, params, x, y):
 
 
 def second_order(model, loss, params, x, y):
-    """Curvature, what is sampled under one key; and the δ of the model's two layers."""
+    """Curvature, what is sampled under one key; and the δ of the model's layers."""
     of, w = {"microbatch": 4}, {"weights": jnp.array(WEIGHTS)}
     kinds = {"empirical": ("expand", None), "exact": ("reduce", None), "sampled": ("expand", KEY)}
-    found = {}
+    found, deltas = {}, bp.deltas(model, loss)(params, x, y)
     for fisher, (shared, key) in kinds.items():
         fn = bp.kronecker_factors(model, loss, fisher=fisher, shared=shared)
         found[f"Kronecker, {fisher}"] = fn(params, x, y, **w, key=key)
@@ -223,7 +223,7 @@ def second_order(model, loss, params, x, y):
         "GGN v": bp.ggnvp(model, loss, **of)(params, x, y, direction(params), **w),
         "diagonal": bp.ggn_diagonal(model, loss, **of)(params, x, y, **w),
         "sampled": bp.ggn_diagonal(model, loss, samples=2)(params, x, y, **w, key=KEY),
-        "δ": jax.tree.leaves(bp.deltas(model, loss)(params, x, y))[:2],
+        "δ": deltas if loss.has_parameters else deltas[0],
     }
 
 
@@ -476,7 +476,10 @@ NO_HEAD = "gaussian: has parameters, and does not state of which outputs its Hes
         (lambda: norms(changed(lambda d, f: (d, {"bias": f["bias"]}))), FACTORS),
         (lambda: norms(changed(lambda d, f: (d, f | {"bias": d}))), FACTORS),
         (lambda: norms(changed(lambda d, f: (d[1:], f))), "outputs' shape, float64(5,), got"),
-        (lambda: norms(value=lambda p, a, y: a), "takes a value that is a scalar, got float64(5"),
+        (
+            lambda: norms(value=lambda p, a, y: a),
+            "takes a value that is a scalar, floating-point, got float64(5",
+        ),
         (lambda: norms(value=lambda p, a, y: {"C": a.sum()}), "scalar"),
         (lambda: tie((0, 0, "weight"), (1, "weight")), OWN + "(0, 0, 'weight'): (1, 'weight')"),
         (lambda: tie((1, "w"), (0, 0, "weight")), "got (1, 'w'), of which (1, 'w') does not"),
@@ -503,3 +506,17 @@ def test_what_does_not_fit_is_told(call, message):
     with pytest.raises(bp.ModelError) as told:
         call()
     assert message in str(told.value)
+
+
+def test_check_model_finds_a_head_that_is_another_loss():
+    model, _, params, x, y = data()
+    thrice = bp.losses.loss(lambda z, y: 3 * IDS.value(z, y), lambda z, y: 3 * IDS.delta(z, y))
+    loss = softmax_regression(3, head=(bp.dense(3), thrice))
+    with pytest.raises(AssertionError, match="value of the head"):
+        bp.testing.check_model(model, loss, params, x[:2], y[:2])
+
+
+def test_a_cost_that_is_a_whole_number_is_refused():
+    whole = bp.losses.loss(lambda a, y: jnp.round(a.sum()).astype(int), lambda a, y: a)
+    with pytest.raises(bp.ModelError, match="a scalar, floating-point"):
+        bp.grad(bp.tanh, whole)((), X, Y)

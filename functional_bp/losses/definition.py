@@ -83,8 +83,11 @@ class Loss:
 
         def scalar(*args: Tree) -> Array:
             cost = self.value(*args)
-            if jax.tree.map(jnp.shape, cost) != ():
-                raise ModelError(f"takes a value that is a scalar, got {described(cost)}")
+            scalar = jax.tree.map(jnp.shape, cost) == ()
+            if not scalar or not jnp.issubdtype(jnp.result_type(cost), jnp.floating):
+                raise ModelError(
+                    f"takes a value that is a scalar, floating-point, got {described(cost)}"
+                )
             return cost
 
         return self._batched(scalar)
@@ -210,6 +213,8 @@ def loss(
     function("loss: root", root, or_none=True)
     function("loss: sample", sample, or_none=True)
     name = text("loss: name", getattr(value, "__name__", "loss") if name is None else name)
+    if head is not None and init is no_parameters:
+        raise ModelError(f"{name}: head: takes None for a loss without init, got {told(head)}")
     if head is not None:
         if not isinstance(head, tuple) or len(head) != 2 or not isinstance(head[1], Loss):
             raise ModelError(f"{name}: head: takes a layer and a loss, got {told(head)}")

@@ -185,6 +185,7 @@ def _clipping_weights(norms: Tree, max_norm: float, weights: Array) -> Tree:
 
 def _replaced(finite: Array, leaf: Array) -> Array:
     """Example n of ``leaf`` where it is finite, elsewhere the first that is."""
+    leaf = jnp.asarray(leaf)
     places = jnp.arange(len(finite))
     first = places == jnp.where(finite, places, len(finite)).min()
     mask, first = (m.reshape(-1, *(1,) * (leaf.ndim - 1)) for m in (finite, first))

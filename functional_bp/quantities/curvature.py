@@ -11,7 +11,6 @@ A loss with parameters has no H by the model's outputs: its ``head`` says of whi
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -25,7 +24,6 @@ from ..contractions import second_moment, second_order, squared_norms, total
 from ..factors.factored import per_example
 from ..freezing import merged
 from ..layer import Layer
-from ..layers.chains import chain
 from ..losses.definition import Loss
 from ..quantity import (
     AlongVector,
@@ -40,6 +38,7 @@ from ..quantity import (
 )
 from ..recursion import forward_pass, separate, with_loss
 from .gradients import grad
+from .heads import with_head
 from .inner_products import vector
 
 Tree = Any
@@ -102,7 +101,7 @@ def ggnvp(model: Layer, loss: Loss, *, microbatch: int | None = None) -> AlongVe
       [[5.0]]
     """
     cost = separate(model, loss)
-    model, loss = _with_outputs(model, loss)
+    model, loss = with_head(model, loss)
 
     def formula(batch: Batch) -> Results:
         params, v = batch.params, batch.given
@@ -156,7 +155,7 @@ def ggn_diagonal(
       [[5.]]
     """
     cost = separate(model, loss)
-    model, loss = _with_outputs(model, loss)
+    model, loss = with_head(model, loss)
     fisher = "exact" if samples is None else "sampled"
     deltas = _deltas(loss, fisher, 1 if samples is None else samples)
 
@@ -237,7 +236,7 @@ def kronecker_factors(
     """
     cost = separate(model, loss)
     choice("shared", shared, SHARED)
-    model, loss = _with_outputs(model, loss)
+    model, loss = with_head(model, loss)
     deltas = _deltas(loss, fisher, samples)
 
     def formula(batch: Batch) -> Results:
@@ -262,25 +261,6 @@ def kronecker_factors(
         return Results(sums=pairs)
 
     return of_batch(cost, formula, microbatch, then=lambda r: r.sums, gradients=False)
-
-
-def _with_outputs(model: Layer, loss: Loss) -> tuple[Layer, Loss]:
-    """The model up to the outputs by which the cost has a Hessian, and the loss of those."""
-    if not loss.has_parameters:
-        return model, loss
-    if loss.head is None:
-        raise ModelError(
-            f"{loss.name}: has parameters, and does not state of which outputs its Hessian is; "
-            "give head= to bp.losses.loss"
-        )
-    layer, of_outputs = loss.head
-
-    def forward(params: Tree, x: Tree, key: Array | None = None) -> tuple[Tree, Tree]:
-        a, residuals = model.forward(params[0], x, key)  # the key is the model's, as elsewhere
-        outputs, of_layer = layer.forward(params[1], a)
-        return outputs, (residuals, of_layer)
-
-    return loss.joined(dataclasses.replace(chain(model, layer), forward=forward)), of_outputs
 
 
 def _deltas(loss: Loss, fisher: str, samples: int) -> Callable[..., Tree]:

@@ -12,11 +12,12 @@ import numpy as np
 from jax import Array
 
 from ..checks import arrays_of
-from ..contractions import Contraction, contract_layer, drop
+from ..contractions import Contraction, contract_layer, drop, each
 from ..layer import Layer, textbook
 from ..losses.definition import Loss
 from ..quantities.clipping import clipped_grad
 from ..quantities.gradients import deltas, value_and_grad
+from ..quantities.heads import with_head
 from ..quantities.per_example import per_example_grad_norms, per_example_grads
 from ..recursion import check_batch, with_loss
 from ..recursion import check_model as check_model_and_loss
@@ -49,8 +50,9 @@ def check_model(
         per_example_grad_norms    ‖gₙ‖
         deltas                    ∂Cₙ/∂ε, for an ε = 0 added to the output of each rule
 
-    the first two with weights and without; in ``repeat``, the sum of its layers' deltas. A model
-    that mixes the examples of a batch has no gₙ: only the first and the last are proven.
+    the first two with weights and without; in ``repeat``, the sum of its layers' deltas. Of a loss
+    that states its ``head``, Cₙ and gₙ of that are proven too. A model that mixes the examples of a
+    batch has no gₙ: only the first and the last are proven.
 
     Args:
       model, loss: any layer, and a loss such as those of ``bp.losses``.
@@ -75,6 +77,8 @@ def check_model(
     with jax.enable_x64(True), jax.disable_jit():
         params, x, y = draw.moved(params), draw.cast(x), draw.cast(y)
         _prove_quantities(proof, draw, model, loss, params, (x, y), key)
+        if loss.head is not None and not model.mixes_examples:
+            _prove_head(proof, model, loss, params, (x, y), key)
         _prove_deltas(proof, model, loss, params, (x, y), key)
 
 
@@ -118,6 +122,20 @@ def _prove_quantities(
         )
         proof.equal("per_example_grads", each, g)
         proof.equal("per_example_grad_norms", found_norms, norms)
+
+
+def _prove_head(
+    proof: Proof, model: Layer, loss: Loss, params: Tree, xy: tuple[Tree, Tree], key: Array | None
+) -> None:
+    """The layer and the loss that a loss with parameters says it is the same as."""
+    by_head = with_loss(*with_head(model, loss))
+    costs, residuals = by_head.forward(params, xy, key)
+    g = by_head.backward(params, residuals, jnp.ones_like(costs), each)[1]
+    cost = with_loss(model, loss)
+    wanted, residuals = cost.forward(params, xy, key)
+    proof.equal("value of the head", costs, wanted)
+    wanted_g = cost.backward(params, residuals, jnp.ones_like(wanted), each)[1]
+    proof.equal("per_example_grads of the head", g, wanted_g)
 
 
 def _prove_deltas(

@@ -136,8 +136,10 @@ def halves(setting: Setting) -> Halves:
             y: Tree = batch["y"],
             weights: Array = batch["weights"],
             key: Any = batch["key"],
+            untrained: Tree = params,
         ) -> Array:
-            return differentiable(merged(trained, params), x, y, weights=weights, key=key)[0]
+            params = merged(trained, untrained)
+            return differentiable(params, x, y, weights=weights, key=key)[0]
 
         # What some optimisers ask for besides: plateaus the cost, line searches the function,
         # curvature the batch and all parameters.
