@@ -281,7 +281,10 @@ def under_noise():
     return bp.dropout(0.5), LOSS, ((), data()[2][1]), jnp.ones((N, 2, 5)), data()[4]
 
 
-@pytest.mark.parametrize("name", ["noise", TABLE])
+ALSO = pytest.mark.exhaustive
+
+
+@pytest.mark.parametrize("name", [pytest.param("noise", marks=ALSO), TABLE])
 def test_check_model_proves_a_model_with_such_a_loss(name):
     model, loss, params, x, y = under_noise() if name == "noise" else data(name)
     key = KEY if name == "noise" else None
@@ -306,7 +309,9 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize(
+    "fault", ["weight", *(pytest.param(f, marks=ALSO) for f in FAULTS if f != "weight")]
+)
 def test_check_model_finds_a_fault(fault):
     (model, _, params, x, y), (loss, leaf) = data(), FAULTS[fault]
     with pytest.raises(AssertionError) as told:

@@ -224,7 +224,13 @@ def test_a_gradient_has_none_at_state_and_autodiffs_numbers_elsewhere(place, kin
     assert_close(manual, autodiff)
 
 
-@pytest.mark.parametrize("counts", [(3,), (2, 2)], ids=["repeat", "nested repeat"])
+@pytest.mark.parametrize(
+    "counts",
+    [
+        pytest.param((3,), id="repeat"),
+        pytest.param((2, 2), id="nested repeat", marks=pytest.mark.exhaustive),
+    ],
+)
 @pytest.mark.parametrize("kind", STATEFUL)
 @exactly
 def test_a_stack_renews_its_state_as_the_chain_of_its_layers_does(counts, kind):

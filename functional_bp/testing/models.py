@@ -128,14 +128,16 @@ def _prove_head(
     proof: Proof, model: Layer, loss: Loss, params: Tree, xy: tuple[Tree, Tree], key: Array | None
 ) -> None:
     """The layer and the loss that a loss with parameters says it is the same as."""
-    by_head = with_loss(*with_head(model, loss))
-    costs, residuals = by_head.forward(params, xy, key)
-    g = by_head.backward(params, residuals, jnp.ones_like(costs), each)[1]
-    cost = with_loss(model, loss)
-    wanted, residuals = cost.forward(params, xy, key)
-    proof.equal("value of the head", costs, wanted)
-    wanted_g = cost.backward(params, residuals, jnp.ones_like(wanted), each)[1]
-    proof.equal("per_example_grads of the head", g, wanted_g)
+
+    def costs_and_gradients(model: Layer, loss: Loss) -> tuple[Array, Tree]:
+        cost = with_loss(model, loss)
+        costs, residuals = cost.forward(params, xy, key)
+        return costs, cost.backward(params, residuals, jnp.ones_like(costs), each)[1]
+
+    costs, g = costs_and_gradients(model, loss)
+    of_head, g_of_head = costs_and_gradients(*with_head(model, loss))
+    proof.equal("value of the head", of_head, costs)
+    proof.equal("per_example_grads of the head", g_of_head, g)
 
 
 def _prove_deltas(
