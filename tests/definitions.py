@@ -5,6 +5,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import pytest
 
 import functional_bp as bp
 
@@ -56,13 +57,6 @@ MODELS = {
 }
 
 
-def compiled(function, *args, **kwargs):
-    """The function's value, compiled as one program with little optimisation: compiling is what
-    such a test spends its time on."""
-    options = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-    return jax.jit(function).lower(*args, **kwargs).compile(options)(*args, **kwargs)
-
-
 def batch(model, shape, target, n, seed):
     """Parameters with biases that are not 0, inputs and targets of ``n`` examples."""
 
@@ -76,7 +70,20 @@ def batch(model, shape, target, n, seed):
             return params, x, jax.random.randint(keys[3], a.shape[:-1], 0, a.shape[-1])
         return params, x, jax.random.normal(keys[3], a.shape)
 
-    return compiled(make, jax.random.key(seed))
+    return jax.jit(make)(jax.random.key(seed))
+
+
+def cases(in_microbatches):
+    """Every model whole, and one in microbatches, ``(name, microbatch)``. What shows in another
+    model too is proven once more where everything is."""
+    seldom = {"nested repeat", "tied", in_microbatches[0]}
+    return [
+        *(
+            pytest.param(name, None, marks=pytest.mark.exhaustive if name in seldom else ())
+            for name in MODELS
+        ),
+        in_microbatches,
+    ]
 
 
 @functools.cache

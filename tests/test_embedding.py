@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 import pytest
-from definitions import check_equal, compiled
+from definitions import check_equal
 
 import functional_bp as bp
 from functional_bp import contractions
@@ -39,7 +39,7 @@ def test_rows_meet_other_factors_as_their_matrices_do(other):
         return {"inner and Gram": (a.inner(b), a.gram(b))}, {"inner and Gram": wanted}
 
     for pair in ((rows, f), (f, rows)):
-        check_equal(*compiled(both, *pair), within=1e-12)
+        check_equal(*jax.jit(both)(*pair), within=1e-12)
 
 
 def test_a_tied_language_model_and_its_loss_over_valid_positions_are_proven():
@@ -86,7 +86,7 @@ def test_loss_is_the_mean_over_valid_positions(where):
         value, delta = softmax_cross_entropy.value, softmax_cross_entropy.delta
         return [jax.vmap(f)(a, y) for f in (value, delta, jax.grad(value))]
 
-    costs, delta, by_autodiff = compiled(quantities, a, y)
+    costs, delta, by_autodiff = jax.jit(quantities)(a, y)
     cost = softmax_cross_entropy.value(a[0, :3], ids[0, :3])
     perplexities = [bp.losses.perplexity(logits, y) for logits in (a, jnp.zeros_like(a))]
     check_equal(

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from definitions import WEIGHTS, case, check_equal, compiled
+from definitions import WEIGHTS, case, check_equal
 
 import functional_bp as bp
 
@@ -32,7 +32,7 @@ def test_one_step_solves_linear_least_squares():
         updates, _ = optimizer.update(gradient, state, params, x=x, y=y)
         return optax.apply_updates(params, updates)
 
-    weight = compiled(step, jax.random.key(0))[0]["weight"]
+    weight = jax.jit(step)(jax.random.key(0))[0]["weight"]
     # What differs is the damping, which is √λ = 1e-7 on each side.
     np.testing.assert_allclose(weight, np.linalg.lstsq(x, y)[0].T, rtol=1e-5)
 
@@ -85,7 +85,7 @@ def test_steps_are_as_the_equations_say(name, shared, inverse_every):
         return isinstance(node, bp.Kronecker)
 
     wanted, average, velocity, shrinks = {}, None, None, []
-    for step, (gradient, factors) in enumerate(compiled(material, params)):
+    for step, (gradient, factors) in enumerate(jax.jit(material)(params)):
         new = [
             (np.asarray(f.A), np.asarray(f.G))
             for f in jax.tree.leaves(factors, is_leaf=is_kronecker)
@@ -117,7 +117,7 @@ def test_steps_are_as_the_equations_say(name, shared, inverse_every):
             jax.tree.structure(params), [jnp.asarray(-rates[step] * v) for v in velocity]
         )
     assert max(shrinks) < 1  # or the bound would not be seen
-    check_equal(compiled(ours, params), wanted)
+    check_equal(jax.jit(ours)(params), wanted)
 
 
 def test_a_parameter_without_factors_is_stepped_along_its_gradient():
@@ -131,7 +131,7 @@ def test_a_parameter_without_factors_is_stepped_along_its_gradient():
         updates, _ = optimizer.update(gradient, optimizer.init(params), params, x=x, y=y)
         return updates[0]["weight"], gradient[0]["weight"]
 
-    update, gradient = compiled(step, jax.random.key(0))
+    update, gradient = jax.jit(step)(jax.random.key(0))
     check_equal({"embedding": update}, {"embedding": -0.1 * gradient})
 
 
@@ -145,7 +145,7 @@ def test_a_parameter_that_has_had_no_input_and_no_gradient_is_not_stepped():
         gradient = bp.grad(model, loss)(params, x, y)
         return optimizer.update(gradient, optimizer.init(params), params, x=x, y=y)[0]
 
-    assert (compiled(step, params)[0]["weight"] == 0).all()
+    assert (jax.jit(step)(params)[0]["weight"] == 0).all()
 
 
 @pytest.mark.parametrize(

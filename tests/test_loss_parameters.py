@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from definitions import WEIGHTS, N, check_equal, compiled, direction
+from definitions import WEIGHTS, N, check_equal, direction
 from jax.flatten_util import ravel_pytree
 
 import functional_bp as bp
@@ -115,7 +115,7 @@ def start(model, loss, x, y):
         params = bp.init(model, loss, key, x[0], y[0])
         return jax.tree.map(lambda p: p + 0.1 * direction(p), params)
 
-    return compiled(make, KEY)
+    return jax.jit(make)(KEY)
 
 
 @functools.cache
@@ -189,7 +189,7 @@ def test_quantities_equal_autodiff_of_the_definition(name):
             "Hessian v": hessian_v,
         }
 
-    check_equal(compiled(ours, *arrays), compiled(wanted, *arrays), within=1e-11)
+    check_equal(jax.jit(ours)(*arrays), jax.jit(wanted)(*arrays), within=1e-11)
 
 
 def first_order(model, loss, params, x, y):
@@ -230,9 +230,9 @@ def second_order(model, loss, params, x, y):
 @pytest.mark.parametrize("quantities", [first_order, second_order])
 def test_quantities_are_those_of_the_same_numbers_in_a_last_layer(quantities):
     model, loss, *arrays = data()
-    given = compiled(functools.partial(quantities, model, loss), *arrays)
+    given = jax.jit(functools.partial(quantities, model, loss))(*arrays)
     whole = bp.chain(model, loss.head[0])
-    wanted = compiled(functools.partial(quantities, whole, IDS), *arrays)
+    wanted = jax.jit(functools.partial(quantities, whole, IDS))(*arrays)
     check_equal(given, wanted)
     assert jax.tree.structure(given) == jax.tree.structure(wanted)
 
@@ -252,7 +252,7 @@ def test_a_tied_parameter_is_none_and_its_curvature_that_of_a_tied_last_layer(na
         by_path = bp.grad(model, loss, frozen=lambda path: path == (0, 0, "weight"))
         return of(model, loss), of(whole, IDS), by_tree, by_path(params, x, y)
 
-    ours, theirs, *frozen = compiled(both, params, x, y)
+    ours, theirs, *frozen = jax.jit(both)(params, x, y)
     check_equal({"curvature": ours}, {"curvature": theirs})
     assert (ours[1][0][0]["weight"] is None) == (name == TABLE)  # rows of a table are no δ aᵀ
     assert all(g[0][0]["weight"] is g[1]["weight"] is None for g in frozen)
@@ -273,7 +273,7 @@ def test_a_key_draws_the_same_noise_in_every_quantity(name):
         without = quantity(bp.identity, LOSS)(params, masked, y, *v)
         return quantity(noise, LOSS)(params, x, y, *v, key=KEY), without
 
-    ours, theirs = compiled(both, params, x, y)
+    ours, theirs = jax.jit(both)(params, x, y)
     check_equal({name: ours}, {name: theirs})
 
 
@@ -400,7 +400,7 @@ def test_kfac_trains_the_pair():
 def test_a_batch_norm_keeps_its_state_in_the_models_part():
     model = bp.chain(bp.dense(5, bias=False), bp.batch_norm(), bp.tanh)
     params, both = start(model, LOSS, X, Y), ((model, LOSS), (bp.chain(model, LOSS.head[0]), IDS))
-    ours, theirs = (compiled(bp.value_and_grad(*of, renew=True), params, X, Y) for of in both)
+    ours, theirs = (jax.jit(bp.value_and_grad(*of, renew=True))(params, X, Y) for of in both)
     check_equal({"all": ours}, {"all": theirs})
     (_, renewed), gradient = ours
     assert gradient[0][1]["mean"] is None
@@ -418,8 +418,8 @@ def test_an_ensemble_and_a_donated_pair():
     keys, norms = jax.random.split(KEY, 2), bp.per_example_grad_norms(MODEL, LOSS)
     ensemble = jax.vmap(lambda key: bp.init(MODEL, LOSS, key, X[0], Y[0]))(keys)
     second = jax.tree.map(lambda p: p[1], ensemble)
-    together = compiled(jax.vmap(norms, (0, None, None)), ensemble, X, Y)
-    np.testing.assert_allclose(together[1], compiled(norms, second, X, Y), rtol=1e-12)
+    together = jax.jit(jax.vmap(norms, (0, None, None)))(ensemble, X, Y)
+    np.testing.assert_allclose(together[1], jax.jit(norms)(second, X, Y), rtol=1e-12)
 
     @functools.partial(jax.jit, donate_argnums=0)
     def step(params):
@@ -433,7 +433,7 @@ def test_bfloat16_parameters_of_a_loss_have_bfloat16_gradients():
     model, loss, (of_model, of_loss), x, y = data()
     low = (of_model, jax.tree.map(lambda p: p.astype(jnp.bfloat16), of_loss))
     high = jax.tree.map(lambda p: p.astype(float), low)
-    found, wanted = (compiled(bp.grad(model, loss), params, x, y) for params in (low, high))
+    found, wanted = (jax.jit(bp.grad(model, loss))(params, x, y) for params in (low, high))
     assert [g.dtype for g in jax.tree.leaves(found)] == [p.dtype for p in jax.tree.leaves(low)]
     check_equal({"g": found}, {"g": wanted}, within=2**-7)
 

@@ -2,7 +2,7 @@
 
 On meshes of both kinds: those whose axes the compiler splits by, and those of explicit axes, which
 ``jax.make_mesh`` makes by default. The devices are the host's, so this runs in a process of its
-own, which ``python test_meshes.py HALF`` is.
+own, which ``python test_meshes.py PART`` is.
 """
 
 import os
@@ -16,11 +16,11 @@ import pytest
 DEVICES = 8
 
 
-@pytest.mark.parametrize("half", [0, pytest.param(1, marks=pytest.mark.exhaustive)])
-def test_every_quantity_of_a_split_batch(half):
+@pytest.mark.parametrize("part", [0, pytest.param(1, marks=pytest.mark.exhaustive)])
+def test_every_quantity_of_a_split_batch(part):
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={DEVICES}"
     run = subprocess.run(
-        [sys.executable, Path(__file__).name, str(half)],
+        [sys.executable, Path(__file__).name, str(part)],
         cwd=Path(__file__).parent,
         env=os.environ | {"XLA_FLAGS": flags, "JAX_ENABLE_X64": "1"},
         capture_output=True,
@@ -58,17 +58,18 @@ def quantities(model, loss):
     first = {
         "value_and_grad": bp.value_and_grad(model, loss),
         "value_and_grad, batch norm": renewed,
+        "norms": bp.per_example_grad_norms(model, loss),
+        "clipped, microbatches": bp.clipped_grad(model, loss, 0.1, **some),
+    }
+    second = {
         "value_and_grad, microbatches": bp.value_and_grad(model, loss, **some),
         "deltas": bp.deltas(model, loss),
-        "norms": bp.per_example_grad_norms(model, loss),
         "clipped": bp.clipped_grad(model, loss, 0.1, has_aux=True),
         "second moment": bp.grad_second_moment(model, loss),
         "Gram": bp.grad_gram(model, loss),
         "Hessian": along(bp.hvp(model, loss)),
         "Kronecker": bp.kronecker_factors(model, loss),
         "outputs": lambda params, x, y: model.apply(params, x),
-    }
-    second = {
         "autodiff": bp.value_and_grad(model, loss, method="autodiff"),
         "each": bp.per_example_grads(model, loss),
         "norms, microbatches": bp.per_example_grad_norms(model, loss, **some),
@@ -88,7 +89,7 @@ def quantities(model, loss):
 GATHERS = {"Gram"}  # every pair of examples meets
 
 
-def main(half):
+def main(part):
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -111,7 +112,7 @@ def main(half):
     x = jnp.arange(n * steps).reshape(n, steps) ** 2 % 19
     y = x % 5
     params = jax.jit(net.init)(jax.random.key(0), x[0])
-    for name, quantity in quantities(net, loss)[half].items():
+    for name, quantity in quantities(net, loss)[part].items():
         wanted = jax.jit(quantity)(params, x, y)
         for kind in (AxisType.Auto, AxisType.Explicit):
             whole, split = splits(kind)
@@ -126,7 +127,7 @@ def main(half):
             if name == "norms":
                 assert found.sharding.is_equivalent_to(split, 1)
 
-    if half:
+    if part:
         return
     net = bp.chain(bp.repeat(bp.residual(bp.chain(bp.dense(6), bp.tanh)), 2), bp.dense(5))
     x, y = jnp.sin(jnp.arange(n * 6.0)).reshape(n, 6), y[:, 0]

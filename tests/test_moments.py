@@ -4,12 +4,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 from definitions import (
-    MODELS,
     WEIGHTS,
     N,
     case,
+    cases,
     check_equal,
-    compiled,
     direction,
     each_grad,
     flat_each,
@@ -25,7 +24,7 @@ def _float64():
         yield
 
 
-@pytest.mark.parametrize("name, microbatch", [*((name, None) for name in MODELS), ("mixed", 4)])
+@pytest.mark.parametrize("name, microbatch", cases(("mixed", 4)))
 def test_quantities_equal_their_definitions(name, microbatch):
     model, loss, *data = case(name)
     w = jnp.array(WEIGHTS)
@@ -60,7 +59,7 @@ def test_quantities_equal_their_definitions(name, microbatch):
         }
 
     other = tuple(case(name, seed=1, n=5)[2:])
-    check_equal(compiled(given, data, other), compiled(wanted, data, other))
+    check_equal(jax.jit(given)(data, other), jax.jit(wanted)(data, other))
 
 
 @pytest.mark.parametrize("name, microbatch", [("positions", None), ("tied", 5)])
@@ -78,7 +77,7 @@ def test_empirical_ntk_equals_its_definition(name, microbatch):
         two = kernel[:, :, :4].reshape(*shape, 4, *shape[1:])
         return {"one batch": kernel.reshape(*shape, *shape), "two": two}
 
-    check_equal(compiled(given, params, x), compiled(wanted, params, x))
+    check_equal(jax.jit(given)(params, x), jax.jit(wanted)(params, x))
 
 
 def test_a_weight_counts_an_example_so_many_times():
@@ -89,13 +88,13 @@ def test_a_weight_counts_an_example_so_many_times():
         names = ("grad_variance", "grad_noise_scale", "grad_diversity")
         return {name: getattr(bp, name)(model, loss)(params, x, y, **weights) for name in names}
 
-    often = compiled(quantities, params, jnp.repeat(x, times, 0), jnp.repeat(y, times, 0))
-    check_equal(compiled(quantities, params, x, y, weights=times), often)
+    often = jax.jit(quantities)(params, jnp.repeat(x, times, 0), jnp.repeat(y, times, 0))
+    check_equal(jax.jit(quantities)(params, x, y, weights=times), often)
 
 
 def test_noise_scale_of_one_example_is_nan():
     model, loss, params, x, y = case("mixed")
-    assert jnp.isnan(compiled(bp.grad_noise_scale(model, loss), params, x[:1], y[:1]))
+    assert jnp.isnan(jax.jit(bp.grad_noise_scale(model, loss))(params, x[:1], y[:1]))
 
 
 def test_a_gram_matrix_between_models_is_refused():

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from definitions import VECTORS, batch, check_equal, compiled, each_grad
+from definitions import VECTORS, batch, check_equal, each_grad
 
 import functional_bp as bp
 
@@ -58,7 +58,7 @@ def test_a_norms_outputs_and_gradients_equal_pytorchs(name):
         dx, gradient = layer.backward(params, residuals, dy, bp.contractions.total)
         return {"y": y, "dx": dx} | {f"d_{k}": gradient[k] for k in learned}
 
-    found = compiled(ours, params, arrays["x"], arrays["dy"])
+    found = jax.jit(ours)(params, arrays["x"], arrays["dy"])
     given = {"x", "dy", *learned}
     check_equal(found, {k: v for k, v in arrays.items() if k not in given}, 1e-12)
 
@@ -170,7 +170,7 @@ def test_each_examples_gradient_is_its_own(name):
             "clipped": jax.tree.map(clipped, each, norms),
         }, (of_parameters > bound_of_each).mean()
 
-    found, (wanted, share) = compiled(ours, *data), compiled(defined, *data)
+    found, (wanted, share) = jax.jit(ours)(*data), jax.jit(defined)(*data)
     assert 0.2 < share < 0.8  # some are clipped, and some are not
     check_equal(found, wanted)
     for what in ("each", "norms of parameters", "clipped"):
@@ -258,8 +258,8 @@ def test_renewing_changes_running_averages_alone(method):
         bp.value_and_grad(NETWORK, squared_error, method=method, renew=renew)
         for renew in (False, True)
     )
-    cost, gradient = compiled(plain, params, x, y)
-    (same_cost, renewed), same = compiled(renewing, params, x, y)
+    cost, gradient = jax.jit(plain)(params, x, y)
+    (same_cost, renewed), same = jax.jit(renewing)(params, x, y)
     check_equal({0: (same_cost, same)}, {0: (cost, gradient)}, 1e-12)
     assert gradient[1]["mean"] is None and gradient[1]["var"] is None
     changed = jax.tree.map(lambda p, new: bool((p != new).any()), params, renewed)
@@ -343,7 +343,7 @@ def test_numbers_far_from_0_are_normalised_in_float32(layer):
         return {"y": y, "dx": dx, "renewed": layer.renew(params, residuals)}
 
     given = layer.init(KEY, x[0]), x, dy
-    found = compiled(ours, *given)
-    wanted = compiled(ours, *jax.tree.map(lambda leaf: leaf.astype("float64"), given))
+    found = jax.jit(ours)(*given)
+    wanted = jax.jit(ours)(*jax.tree.map(lambda leaf: leaf.astype("float64"), given))
     assert {leaf.dtype for leaf in jax.tree.leaves(found)} == {jnp.dtype("float32")}
     check_equal(found, wanted, 1e-2)

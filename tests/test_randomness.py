@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from definitions import check_equal, compiled
+from definitions import check_equal
 
 import functional_bp as bp
 
@@ -70,7 +70,7 @@ def test_microbatches_draw_apart_and_every_quantity_from_the_same_draw(size):
             "by autodiff": of(bp.grad, method="autodiff"),
         }
 
-    found = compiled(quantities, *data)
+    found = jax.jit(quantities)(*data)
     each = found["each"][1]["weight"][:, 0]
     assert len(np.unique(each != 0, axis=0)) == n
     mean = ((), {"weight": each.mean(0)[None]})

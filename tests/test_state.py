@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from definitions import check_equal, compiled, direction
+from definitions import check_equal, direction
 from jax.flatten_util import ravel_pytree
 
 import functional_bp as bp
@@ -390,9 +390,9 @@ def test_quantities_at_inference_are_of_what_is_trained_and_have_none_at_state()
     model = bp.chain(bp.dense(3), NORM, bp.tanh, bp.repeat(TALLY, 2)).inference()
     with jax.enable_x64(True):
         given = drawn(model, batch(5, 3)), batch(5, 3), jnp.ones((5, 3))
-        (trees, others), definitions = compiled(
-            lambda *given: (quantities(model, *given), by_definition(model, *given)), *given
-        )
+        (trees, others), definitions = jax.jit(
+            lambda *given: (quantities(model, *given), by_definition(model, *given))
+        )(*given)
         state = at_state(model, given[0])
         assert {k: none_in(tree) for k, tree in trees.items()} == dict.fromkeys(trees, state)
         found = others | {k: ravel_pytree(tree)[0] for k, tree in trees.items()}
