@@ -8,6 +8,7 @@ layer, ``recursion.py`` from the cost. Then bottom up:
     contractions    what is asked of it
     layer, rules    what a layer is, and how a rule for one example becomes one
     losses/         the last layer
+    traced/         a layer from any JAX function
     layers/         one file for each family of rules; combinators; recurrence/
     recursion       a model with its loss, forward and back
     quantity        what every quantity shares
@@ -72,6 +73,8 @@ from .quantities.per_example import per_example_grad_norms, per_example_grads
 from .recursion import init
 from .rules import rule
 from .summary import summary
+from .traced.function import from_function
+from .traced.libraries import from_equinox, from_flax, from_nnx
 from .training.batches import minibatches
 from .training.checkpoints import delete_checkpoints
 from .training.evaluation import evaluate
@@ -114,6 +117,10 @@ __all__ = [
     "factors",
     "fit",
     "flatten",
+    "from_equinox",
+    "from_flax",
+    "from_function",
+    "from_nnx",
     "gated",
     "geglu",
     "gelu",

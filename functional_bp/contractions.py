@@ -128,27 +128,42 @@ def _weighted_total(factor: Factored, weights: Array) -> Array:
     return factor.scaled(weights).total()
 
 
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["mean"], meta_fields=["of_rows"])
+@dataclass(frozen=True)
+class Moment:
+    """Σₙ wₙ aₙ aₙᵀ or Σₙ wₙ δₙ δₙᵀ, and whether that is of the parameter's rows or its columns."""
+
+    mean: Array
+    of_rows: bool
+
+
 @functools.cache
-def _second_order(of: str, shared: str) -> Callable[[Factored, Array], Array | None]:
-    def asks(factor: Factored, weights: Array) -> Array | None:
+def _second_order(of: str, shared: str) -> Callable[[Factored, Array], Moment | None]:
+    def asks(factor: Factored, weights: Array) -> Moment | None:
         f = factor.as_outer()
-        if f is None:
+        if f is None or _lie_both_ways(factor):
             return None
-        vectors = f.v if of == "input" else f.u
+        of_rows = (of == "input") == factor.rows_are_inputs
+        vectors = f.u if of_rows else f.v
         if shared == "reduce":
             vectors = vectors.sum(1, keepdims=True)
             weights = weights / f.v.shape[1] ** 2 if of == "input" else weights
         elif of == "input":
             weights = weights / f.v.shape[1]
-        return Outer(vectors, vectors).scaled(weights).total()
+        return Moment(Outer(vectors, vectors).scaled(weights).total(), of_rows)
 
     return asks
 
 
+def _lie_both_ways(factor: Factored) -> bool:
+    """Whether a parameter's rows are inputs in one of its uses and outputs in another."""
+    return isinstance(factor, Sum) and len({part.rows_are_inputs for part in factor.parts}) > 1
+
+
 def second_order(weights: Array, of: str, shared: str) -> Contraction:
-    """One Kronecker factor of Σₙ wₙ gₙ gₙᵀ: ``of`` the ``"input"``, A ≈ Σₙ wₙ aₙ aₙᵀ, or ``of`` the
-    ``"output"``, G ≈ Σₙ wₙ δₙ δₙᵀ. ``shared``: how positions come in, ``"expand"`` or
-    ``"reduce"``. Weights as those of ``weighted``; None where the gradient is no outer product."""
+    """One Kronecker factor of Σₙ wₙ gₙ gₙᵀ: ``of`` the ``"input"``, Σₙ wₙ aₙ aₙᵀ, or ``of`` the
+    ``"output"``, Σₙ wₙ δₙ δₙᵀ. ``shared``: how positions come in, ``"expand"`` or ``"reduce"``.
+    Weights as those of ``weighted``; None where the gradient is no outer product."""
     return Contraction(_second_order(of, shared), (weights,), by_layer=True)
 
 

@@ -16,8 +16,13 @@ Frozen = Tree | Callable[[Path], bool] | None
 
 def check_frozen(frozen: Frozen) -> None:
     """Raises unless it is a tree of bools, a function or None."""
-    if not callable(frozen) and not all(isinstance(f, bool) for f in jax.tree.leaves(frozen)):
+    if not _is_predicate(frozen) and not all(isinstance(f, bool) for f in jax.tree.leaves(frozen)):
         raise ModelError(f"frozen: takes a tree of bools or a predicate on paths, got {frozen}")
+
+
+def _is_predicate(frozen: Frozen) -> bool:
+    """A function; not so a tree of bools that can be called, as Equinox's modules can."""
+    return callable(frozen) and jax.tree_util.all_leaves([frozen])
 
 
 def frozen_leaves(params: Tree, frozen: Frozen) -> Tree:
@@ -34,7 +39,7 @@ def frozen_leaves(params: Tree, frozen: Frozen) -> Tree:
     """
     if frozen is None:
         return jax.tree.map(lambda _: False, params)
-    if callable(frozen):
+    if _is_predicate(frozen):
         return jax.tree_util.tree_map_with_path(
             lambda path, _: bool(frozen(tuple(map(_plain_key, path)))), params
         )

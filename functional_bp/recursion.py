@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -20,16 +21,33 @@ from .layer import (
     shapes_of,
 )
 from .losses.definition import Loss, pair_of
+from .traced.function import from_cost
 
 Tree = Any
 
 
-def check_model(model: Layer, loss: Loss) -> None:
-    """Raises unless they are a layer and a loss."""
-    if not isinstance(model, Layer) or not isinstance(loss, Loss):
-        raise ModelError(
-            f"takes a layer and a loss of bp.losses, got {told(model)} and {told(loss)}"
-        )
+Model = Layer | Callable[..., Array]
+"""A layer, or a cost: ``(params, x, y) -> C`` of one example, which has no loss."""
+
+of_cost = Loss("the cost itself", value=lambda a, y: a, delta=lambda a, y: jnp.ones_like(a))
+"""In place of a loss, with a layer from (x, y) to the costs."""
+
+
+def paired(model: Model, loss: Loss | None) -> tuple[Layer, Loss]:
+    """A model and its loss; of a function ``cost(params, x, y) -> C``, the layer that it is.
+
+    Raises:
+      ModelError: unless they are a layer and a loss, or a function and None.
+    """
+    if isinstance(model, Layer) and isinstance(loss, Loss):
+        return model, loss
+    if loss is None and callable(model) and not isinstance(model, Layer):
+        return from_cost(model), of_cost
+    raise ModelError(
+        "takes a layer and a loss of bp.losses, or a function cost(params, x, y) of one example "
+        f"and no loss, got {told(model)} and {told(loss)}; bp.from_function makes a layer of any "
+        "model"
+    )
 
 
 def init(model: Layer, loss: Loss, key: Array, x: Tree, y: Tree) -> Tree:
@@ -52,25 +70,29 @@ def init(model: Layer, loss: Loss, key: Array, x: Tree, y: Tree) -> Tree:
       >>> sorted(params)
       ['bias', 'weight']
     """
-    check_model(model, loss)
+    model, loss = paired(model, loss)
     with place("y:"):
         shapes_of(y)
     return with_loss(model, loss).init(key, (x, y))
 
 
-def with_loss(model: Layer, loss: Loss) -> Layer:
+def with_loss(model: Model, loss: Loss | None) -> Layer:
     """A model and its loss as one layer, from (x, y) to the costs C, ``(batch,)``.
 
     The δ that its backward takes are the weights wₙ = ∂(objective)/∂Cₙ. They scale δ^L, once, and
     with it everything below.
     """
-    check_model(model, loss)
+    model, loss = paired(model, loss)
+    if loss is of_cost:
+        return model
     return loss.joined(_ended(model, loss.layer, has_parameters=loss.has_parameters))
 
 
 def with_outputs(model: Layer, loss: Loss) -> Layer:
     """As ``with_loss``, from (x, y) to the costs and the outputs that they are of; forward only."""
     last = loss.layer
+    if loss is of_cost:
+        return dataclasses.replace(model, forward=lambda *of: ((model.forward(*of)[0], ()), ()))
 
     def forward(params: Tree, ay: Tree, key: Array | None = None) -> tuple[Tree, Tree]:
         costs, residuals = last.forward(params, ay, key)
@@ -80,9 +102,9 @@ def with_outputs(model: Layer, loss: Loss) -> Layer:
     return loss.joined(_ended(model, last_with_outputs, has_parameters=loss.has_parameters))
 
 
-def separate(model: Layer, loss: Loss) -> Layer:
+def separate(model: Model, loss: Loss | None) -> Layer:
     """A model and its loss as one layer, if each example has a gradient of its own."""
-    check_model(model, loss)
+    model, loss = paired(model, loss)
     if model.mixes_examples:
         raise ModelError(
             f"{model.name}: mixes the examples of a batch, so no example has a gradient of its "

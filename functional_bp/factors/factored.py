@@ -43,6 +43,11 @@ class Factored:
     factors allow better.
     """
 
+    @property
+    def rows_are_inputs(self) -> bool:
+        """Whether in ``as_outer`` u is of inputs and v is δ, as in a kernel of ``(in, out)``."""
+        return False
+
     def each(self) -> Array:
         """gₙ, shape ``(n, *parameter)``."""
         raise TypeError(f"{type(self).__name__} does not define each()")

@@ -14,7 +14,6 @@ from jax import Array, lax
 
 from ..checks import ModelError, choice, flag, number, whole
 from ..contractions import contract_factors, keep, squared_norms, total, weighted
-from ..layer import Layer
 from ..losses.definition import Loss
 from ..quantity import (
     Batch,
@@ -26,7 +25,7 @@ from ..quantity import (
     learned,
     like,
 )
-from ..recursion import check_batch, separate
+from ..recursion import Model, check_batch, separate
 from .norms import GROUPS, examples_first, norms_of
 
 Tree = Any
@@ -46,9 +45,9 @@ class Clipped(NamedTuple):
 
 
 def clipped_grad(
-    model: Layer,
-    loss: Loss,
-    max_norm: float,
+    model: Model,
+    loss: Loss | None = None,
+    max_norm: float | None = None,
     *,
     normalize_by: float | None = None,
     per: str = "model",
@@ -103,7 +102,7 @@ def clipped_grad(
     """
     cost = separate(model, loss)
     choice("per", per, GROUPS)
-    number("max_norm", max_norm, above=0)
+    bound = number("max_norm", max_norm, above=0)
     if normalize_by is not None:
         number("normalize_by", normalize_by, above=0)
     if whole("recursions", recursions) > 2:
@@ -118,7 +117,7 @@ def clipped_grad(
         norms = norms_of(squared, per, r.costs)
         finite = _all_finite(norms)
         weights = jnp.where(finite, r.weights, 0)
-        scales = _clipping_weights(norms, max_norm, weights / batch.given)
+        scales = _clipping_weights(norms, bound, weights / batch.given)
         if recursions == 2 and per == "model":
             sums = r.backward(scales, total)
         else:

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from ..checks import ModelError, choice, whole
-from ..contractions import second_moment, second_order, squared_norms, total
+from ..contractions import Moment, second_moment, second_order, squared_norms, total
 from ..factors.factored import per_example
 from ..freezing import merged
 from ..layer import Layer
@@ -36,7 +36,7 @@ from ..quantity import (
     like,
     of_batch,
 )
-from ..recursion import forward_pass, separate, with_loss
+from ..recursion import Model, forward_pass, of_cost, paired, separate, with_loss
 from .gradients import grad
 from .heads import with_head
 from .inner_products import vector
@@ -46,7 +46,9 @@ SHARED = ("expand", "reduce")
 FISHER = ("empirical", "sampled", "exact")
 
 
-def hvp(model: Layer, loss: Loss, *, microbatch: int | None = None) -> AlongVector[Tree]:
+def hvp(
+    model: Model, loss: Loss | None = None, *, microbatch: int | None = None
+) -> AlongVector[Tree]:
     """The Hessian of the mean cost times a vector: ∇²C v, forward over the δ recursion.
 
     (Pearlmutter 1994, "Fast exact multiplication by the Hessian".)
@@ -101,7 +103,7 @@ def ggnvp(model: Layer, loss: Loss, *, microbatch: int | None = None) -> AlongVe
       [[5.0]]
     """
     cost = separate(model, loss)
-    model, loss = with_head(model, loss)
+    model, loss = with_head(*paired(model, loss))
 
     def formula(batch: Batch) -> Results:
         params, v = batch.params, batch.given
@@ -155,7 +157,7 @@ def ggn_diagonal(
       [[5.]]
     """
     cost = separate(model, loss)
-    model, loss = with_head(model, loss)
+    model, loss = with_head(*paired(model, loss))
     fisher = "exact" if samples is None else "sampled"
     deltas = _deltas(loss, fisher, 1 if samples is None else samples)
 
@@ -176,8 +178,10 @@ class Kronecker(NamedTuple):
     """The two factors of one parameter's curvature.
 
     Attributes:
-      A: of its inputs, ``(i, i)``; of a vector, whose input is the constant 1, ``(1, 1)``.
-      G: of its δ, ``(o, o)``.
+      A: of its columns, ``(i, i)``: its inputs; of a vector, whose input is the constant 1,
+        ``(1, 1)``.
+      G: of its rows, ``(o, o)``: its δ. A kernel that another library stores as ``(in, out)`` has
+        its δ in A and its inputs in G.
     """
 
     A: Array
@@ -185,8 +189,8 @@ class Kronecker(NamedTuple):
 
 
 def kronecker_factors(
-    model: Layer,
-    loss: Loss,
+    model: Model,
+    loss: Loss | None = None,
     *,
     fisher: str = "empirical",
     samples: int = 1,
@@ -235,13 +239,16 @@ def kronecker_factors(
       ([[5.0]], [[20.0]])
     """
     cost = separate(model, loss)
+    model, loss = paired(model, loss)
     choice("shared", shared, SHARED)
-    model, loss = with_head(model, loss)
+    if loss is not of_cost or fisher != "empirical":
+        model, loss = with_head(model, loss)
     deltas = _deltas(loss, fisher, samples)
 
     def formula(batch: Batch) -> Results:
         key, sample_key = _two_keys(batch.key) if fisher == "sampled" else (batch.key, None)
-        a, backward = forward_pass(model, loss, batch.params, batch.x, batch.y, key)
+        x = (batch.x, batch.y) if loss is of_cost else batch.x
+        a, backward = forward_pass(model, loss, batch.params, x, batch.y, key)
         delta = loss.deltas(a, batch.y)
         shapes = jax.eval_shape(lambda: backward(delta, squared_norms))
 
@@ -252,15 +259,21 @@ def kronecker_factors(
 
             return jax.tree.map(of_one, shapes)
 
-        A = backward(delta, asked("input"))
-        G = deltas(a, batch.y, sample_key, lambda delta: backward(delta, asked("output")))
+        inputs = backward(delta, asked("input"))
+        outputs = deltas(a, batch.y, sample_key, lambda delta: backward(delta, asked("output")))
         pairs = jax.tree.map(
-            lambda p, a, g: None if a is None else Kronecker(a, g),
-            *(learned(cost, batch.params), A, G),
+            lambda p, *both: _kronecker(*both), learned(cost, batch.params), inputs, outputs
         )
         return Results(sums=pairs)
 
     return of_batch(cost, formula, microbatch, then=lambda r: r.sums, gradients=False)
+
+
+def _kronecker(inputs: Moment | None, outputs: Moment | None) -> Kronecker | None:
+    if inputs is None or outputs is None:
+        return None
+    rows, columns = (inputs, outputs) if inputs.of_rows else (outputs, inputs)
+    return Kronecker(columns.mean, rows.mean)
 
 
 def _deltas(loss: Loss, fisher: str, samples: int) -> Callable[..., Tree]:

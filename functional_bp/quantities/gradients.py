@@ -23,15 +23,15 @@ from ..quantity import (
     like,
     of_examples,
 )
-from ..recursion import with_loss
+from ..recursion import Model, with_loss
 
 Tree = Any
 METHODS = ("manual", "autodiff")
 
 
 def value_and_grad(
-    model: Layer,
-    loss: Loss,
+    model: Model,
+    loss: Loss | None = None,
     *,
     method: str = "manual",
     frozen: Frozen = None,
@@ -132,8 +132,8 @@ def _with_state(cost: Layer, params: Tree, renewed: Tree) -> Tree:
 
 
 def grad(
-    model: Layer,
-    loss: Loss,
+    model: Model,
+    loss: Loss | None = None,
     *,
     method: str = "manual",
     frozen: Frozen = None,

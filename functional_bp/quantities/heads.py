@@ -11,6 +11,7 @@ from ..checks import ModelError
 from ..layer import Layer
 from ..layers.chains import chain
 from ..losses.definition import Loss
+from ..recursion import of_cost
 
 Tree = Any
 
@@ -21,6 +22,11 @@ def with_head(model: Layer, loss: Loss) -> tuple[Layer, Loss]:
     Raises:
       ModelError: for a loss with parameters that does not state them.
     """
+    if loss is of_cost:
+        raise ModelError(
+            f"{model.name}: is a cost, which has no outputs, and a Hessian of 0 by itself; give "
+            "bp.from_function of the model, and a loss"
+        )
     if not loss.has_parameters:
         return model, loss
     if loss.head is None:

@@ -16,7 +16,7 @@ from ..contractions import dot, gram, is_factor, keep
 from ..layer import Layer, a_layer
 from ..losses.definition import Loss, loss
 from ..quantity import Batch, Results, documented, in_batches, learned
-from ..recursion import check_batch, separate
+from ..recursion import Model, check_batch, separate
 
 Tree = Any
 
@@ -49,7 +49,9 @@ class DotsOfBatch(Protocol):
         ...
 
 
-def grad_gram(model: Layer, loss: Loss, *, microbatch: int | None = None) -> GramOfBatch:
+def grad_gram(
+    model: Model, loss: Loss | None = None, *, microbatch: int | None = None
+) -> GramOfBatch:
     """The inner products ⟨gₙ, gₘ⟩ of all pairs of examples, of a batch or of two.
 
     For a dense layer ⟨δₙ aₙᵀ, δₘ aₘᵀ⟩ = (δₙ·δₘ)(aₙ·aₘ): two small Gram matrices.
@@ -176,7 +178,9 @@ _output = loss(
 )
 
 
-def grad_dots(model: Layer, loss: Loss, *, microbatch: int | None = None) -> DotsOfBatch:
+def grad_dots(
+    model: Model, loss: Loss | None = None, *, microbatch: int | None = None
+) -> DotsOfBatch:
     """The directional derivative of each example's cost, ⟨gₙ, v⟩.
 
     For a dense layer ⟨δ aᵀ, V⟩ = δ · V a.

@@ -14,15 +14,16 @@ import jax.numpy as jnp
 from jax import Array
 
 from ..contractions import second_moment, squared_norm, total
-from ..layer import Layer
 from ..losses.definition import Loss
 from ..quantity import Batch, OfBatch, Recursion, Results, of_batch
-from ..recursion import separate
+from ..recursion import Model, separate
 
 Tree = Any
 
 
-def grad_second_moment(model: Layer, loss: Loss, *, microbatch: int | None = None) -> OfBatch[Tree]:
+def grad_second_moment(
+    model: Model, loss: Loss | None = None, *, microbatch: int | None = None
+) -> OfBatch[Tree]:
     """The mean of squared per-example gradients, Σₙ wₙ gₙ² / Σₙ wₙ, element by element.
 
     For a dense layer on plain vectors Σₙ (δₙ aₙᵀ)² = Σₙ δₙ² (aₙ²)ᵀ, one matrix product, and no gₙ
@@ -52,7 +53,9 @@ def grad_second_moment(model: Layer, loss: Loss, *, microbatch: int | None = Non
     return of_batch(cost, formula, microbatch)
 
 
-def grad_variance(model: Layer, loss: Loss, *, microbatch: int | None = None) -> OfBatch[Tree]:
+def grad_variance(
+    model: Model, loss: Loss | None = None, *, microbatch: int | None = None
+) -> OfBatch[Tree]:
     """The variance of per-example gradients, Σₙ wₙ (gₙ − ḡ)² / Σₙ wₙ, element by element.
 
     It is the mean of gₙ² less ḡ²: two δ recursions. Times N / (N − 1) it is the unbiased estimate.
@@ -95,7 +98,9 @@ def _mean_square(r: Recursion) -> Tree:
     return jax.tree.map(lambda m: m * r.costs.size, means)
 
 
-def grad_noise_scale(model: Layer, loss: Loss, *, microbatch: int | None = None) -> OfBatch[Array]:
+def grad_noise_scale(
+    model: Model, loss: Loss | None = None, *, microbatch: int | None = None
+) -> OfBatch[Array]:
     """The simple gradient noise scale: the batch size at which noise and gradient are equal.
 
         B = tr Σ̂ / Ĝ²,   tr Σ̂ = Σₙ wₙ ‖gₙ − ḡ‖² / (N − 1),   Ĝ² = ‖ḡ‖² − tr Σ̂ / N,   N = Σₙ wₙ
@@ -129,7 +134,9 @@ def grad_noise_scale(model: Layer, loss: Loss, *, microbatch: int | None = None)
     return _of_sums(model, loss, microbatch, scale)
 
 
-def grad_diversity(model: Layer, loss: Loss, *, microbatch: int | None = None) -> OfBatch[Array]:
+def grad_diversity(
+    model: Model, loss: Loss | None = None, *, microbatch: int | None = None
+) -> OfBatch[Array]:
     """Gradient diversity, Σₙ wₙ ‖gₙ‖² / ‖Σₙ wₙ gₙ‖²: 1/N if all gₙ are equal, 1 if orthogonal.
 
     (Yin et al. 2018, "Gradient diversity: a key ingredient for scalable distributed learning".)
@@ -154,7 +161,7 @@ def grad_diversity(model: Layer, loss: Loss, *, microbatch: int | None = None) -
 
 
 def _of_sums(
-    model: Layer, loss: Loss, microbatch: int | None, then: Callable[[Results], Array]
+    model: Model, loss: Loss | None, microbatch: int | None, then: Callable[[Results], Array]
 ) -> OfBatch[Array]:
     """A quantity of Σ wₙ, Σ wₙ ‖gₙ‖² and Σ wₙ gₙ."""
     cost = separate(model, loss)

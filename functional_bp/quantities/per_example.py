@@ -6,17 +6,16 @@ from typing import Any
 
 from ..checks import choice
 from ..contractions import each, squared_norms
-from ..layer import Layer
 from ..losses.definition import Loss
 from ..quantity import Batch, OfExamples, Results, learned, like, of_examples
-from ..recursion import separate
+from ..recursion import Model, separate
 from .norms import GROUPS, examples_first, norms_of
 
 Tree = Any
 
 
 def per_example_grads(
-    model: Layer, loss: Loss, *, microbatch: int | None = None
+    model: Model, loss: Loss | None = None, *, microbatch: int | None = None
 ) -> OfExamples[Tree]:
     """The gradient gₙ of each example's cost Cₙ, unweighted.
 
@@ -46,7 +45,11 @@ def per_example_grads(
 
 
 def per_example_grad_norms(
-    model: Layer, loss: Loss, *, per: str = "model", microbatch: int | None = None
+    model: Model,
+    loss: Loss | None = None,
+    *,
+    per: str = "model",
+    microbatch: int | None = None,
 ) -> OfExamples[Any]:
     """‖gₙ‖, the L2 norm of each example's gradient, without ever forming the gradient.
 

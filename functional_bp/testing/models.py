@@ -19,8 +19,7 @@ from ..quantities.clipping import clipped_grad
 from ..quantities.gradients import deltas, value_and_grad
 from ..quantities.heads import with_head
 from ..quantities.per_example import per_example_grad_norms, per_example_grads
-from ..recursion import check_batch, with_loss
-from ..recursion import check_model as check_model_and_loss
+from ..recursion import check_batch, paired, with_loss
 from .comparing import Draw, Proof, float64, is_float, leaves_of, proof_of
 from .oracle import one_by_one, together
 
@@ -69,7 +68,7 @@ def check_model(
       >>> params = model.init(jax.random.key(0), jnp.ones(3))
       >>> bp.testing.check_model(model, loss, params, jnp.ones((5, 3)), jnp.zeros((5, 2)))
     """
-    check_model_and_loss(model, loss)
+    model, loss = paired(model, loss)
     arrays_of("params", params)
     check_batch(x, y)
     proof = proof_of(model.name, dtype, tolerance, key, seed)

@@ -14,7 +14,7 @@ from jax import Array
 from ..checks import ModelError, function, told
 from ..layer import Layer, place
 from ..losses.definition import Loss
-from ..recursion import check_model, with_outputs
+from ..recursion import Model, of_cost, paired, with_outputs
 from .batches import Batches, Padded, each_epoch
 
 Tree = Any
@@ -22,7 +22,7 @@ Metric = Callable[[Tree, Tree], Array]
 
 
 def evaluate(
-    model: Layer, loss: Loss, *, metrics: Mapping[str, Metric] | None = None
+    model: Model, loss: Loss | None = None, *, metrics: Mapping[str, Metric] | None = None
 ) -> Callable[[Tree, Batches], dict[str, float]]:
     """The mean cost, and the means of metrics, over batches; without noise.
 
@@ -46,8 +46,8 @@ def evaluate(
       >>> bp.evaluate(model, loss)(params, batches)
       {'loss': 2.0}
     """
-    check_model(model, loss)
-    check_metrics(metrics)
+    model, loss = paired(model, loss)
+    check_metrics(metrics, loss)
     added = _added(model, loss, tuple((metrics or {}).items()))
 
     def fn(params: Tree, batches: Batches) -> dict[str, float]:
@@ -114,6 +114,8 @@ class Targets:
         self.unseen: list[Tree] = []
 
     def add(self, x: Tree, y: Tree, usual: bool) -> None:
+        if self.loss is of_cost:
+            return
         if not usual:
             self.check()
             self.outputs = _outputs(self.model, self.loss).eval_shape(self.params, x)
@@ -141,8 +143,10 @@ def _has_ids(y: Tree) -> bool:
     return any(isinstance(leaf, np.ndarray) and leaf.dtype.kind in "iu" for leaf in leaves)
 
 
-def check_metrics(metrics: Any) -> None:
-    """Raises unless they are functions by name, or None."""
+def check_metrics(metrics: Any, loss: Loss) -> None:
+    """Raises unless they are functions by name, or None; a cost has no outputs to measure."""
+    if metrics and loss is of_cost:
+        raise ModelError("metrics: takes None for a cost, which has no outputs")
     if not isinstance(metrics, Mapping | None):
         raise ModelError(f"metrics: takes a dict of functions by name, got {told(metrics)}")
     for name, metric in (metrics or {}).items():

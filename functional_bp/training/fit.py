@@ -24,7 +24,7 @@ from ..checks import (
 from ..freezing import Frozen
 from ..layer import Layer
 from ..losses.definition import Loss
-from ..recursion import check_model
+from ..recursion import Model, paired
 from .batches import Batches, Padded, each_epoch, with_first
 from .checkpoints import Checkpoints
 from .evaluation import Metric, Targets, check_metrics, evaluate
@@ -37,8 +37,8 @@ Tree = Any
 
 
 def fit(
-    model: Layer,
-    loss: Loss,
+    model: Model,
+    loss: Loss | None,
     params: Tree,
     batches: Batches,
     optimizer: optax.GradientTransformation,
@@ -63,6 +63,7 @@ def fit(
         g = ∂/∂θ Σₙ wₙ Cₙ / Σₙ wₙ,    θ ← θ + optimiser(g)
 
     Args:
+      model, loss: a layer and a loss; or ``cost(params, x, y)`` of one example, and None.
       params: the parameters to start from. They are copied; the caller's stay usable.
       batches: an iterable of batches (x, y) or (x, y, weights), run through once per epoch, or a
         function ``epoch -> iterable``, such as ``bp.minibatches`` makes. A smaller batch is filled
@@ -122,10 +123,10 @@ def fit(
       >>> print(run.params["weight"].round(2), run.params["bias"].round(2))
       [[3.]] [1.]
     """
-    check_model(model, loss)
+    model, loss = paired(model, loss)
     _check_run(optimizer, epochs, steps, every, microbatch, key)
     flags = {"stop_on_nan": stop_on_nan, "progress": progress, "resume": resume}
-    _check_looks(metrics, callbacks, checkpoints, flags)
+    _check_looks(loss, metrics, callbacks, checkpoints, flags)
     arrays_of("params", params)
     options: Any = {"method": method, "frozen": frozen, "microbatch": microbatch}
     setting = Setting.of(model, loss, params, optimizer, **options)
@@ -180,8 +181,10 @@ def _check_run(
     random_key("key", key)
 
 
-def _check_looks(metrics: Any, callbacks: Any, checkpoints: Any, flags: dict[str, Any]) -> None:
-    check_metrics(metrics)
+def _check_looks(
+    loss: Loss, metrics: Any, callbacks: Any, checkpoints: Any, flags: dict[str, Any]
+) -> None:
+    check_metrics(metrics, loss)
     for name, given in flags.items():
         flag(name, given)
     for callback in sequence("callbacks", callbacks):

@@ -11,10 +11,9 @@ from jax import Array, lax
 
 from ..checks import ModelError, number, told, whole
 from ..freezing import merged
-from ..layer import Layer
 from ..losses.definition import Loss
 from ..quantities.curvature import Kronecker, kronecker_factors
-from ..recursion import with_loss
+from ..recursion import Model, with_loss
 
 Tree = Any
 
@@ -28,8 +27,8 @@ class KfacState(NamedTuple):
 
 
 def kfac(
-    model: Layer,
-    loss: Loss,
+    model: Model,
+    loss: Loss | None,
     learning_rate: optax.ScalarOrSchedule,
     *,
     batch: tuple[Tree, Tree],
@@ -88,7 +87,8 @@ def kfac(
     def init(params: Tree) -> KfacState:
         key = jax.random.key(0)
         one = jax.eval_shape(lambda batch: jax.tree.map(lambda leaf: leaf[0], batch), batch)
-        every = merged(params, jax.eval_shape(with_loss(model, loss).init, key, one))
+        made = jax.eval_shape(with_loss(model, loss).init, key, one)
+        every = merged(params, made) if jax.tree.leaves(made) else params
         shapes = jax.eval_shape(lambda p, x, y: estimate(p, x, y, key=key), every, *batch)
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), _where_trained(params, shapes))
         return KfacState(jnp.zeros((), jnp.int32), zeros, zeros)
@@ -198,5 +198,5 @@ def _preconditioned(g: Array, inverses: Kronecker | None) -> Array:
     if inverses is None:
         return g
     A, G = inverses
-    matrix = g if g.ndim == A.ndim else g[..., None]
+    matrix = g.reshape(*G.shape[:-1], A.shape[-1])  # a kernel of more axes lies as its matrix
     return jnp.matmul(jnp.matmul(G, matrix), A).reshape(g.shape).astype(g.dtype)

@@ -1,0 +1,1 @@
+"""A layer from any JAX function: its jaxpr says how each parameter meets an example."""

@@ -1,0 +1,284 @@
+"""A layer from any JAX function of one example."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from ..checks import ModelError, described, function, is_traced, text
+from ..contractions import Contraction, asks_layers, broadcast, contract_layer, is_contraction, keep
+from ..factors.factored import Factored
+from ..layer import Layer, batch_size, no_parameters, none_is_state, one_of, placed
+from .jaxprs import program_of
+from .parameters import met, nothing, of_parameters
+from .plan import Plan, plan_of
+from .run import run, static_values
+
+Tree = Any
+
+
+def from_function(
+    apply: Callable[..., Tree],
+    *,
+    init: Callable[..., Tree] = no_parameters,
+    is_state: Callable[[Tree], Tree] = none_is_state,
+    name: str | None = None,
+) -> Layer:
+    """A layer from a function of parameters and ONE example, of any library or of none.
+
+    δ comes by autodiff. How each parameter meets the example is read from the function's program
+    (its jaxpr): in a matrix product, a convolution or a look-up the gradient is kept as its
+    factors, and elsewhere there is one gradient per example, as in ``vmap(jax.grad)``. Every
+    quantity is exact.
+
+    Args:
+      apply: ``(params, x) -> y``, or ``(params, x, key=…) -> y``. Parameters, x and y are any trees
+        of arrays. It gets a key where the quantity does, one for each example, if it takes one.
+      init: ``(key, x) -> params``, if the layer is to make its parameters.
+      is_state: ``params -> tree of bools``: which of them are no parameters but state, such as
+        running averages, and have no gradient.
+      name: how errors and summaries call the layer.
+
+    Raises:
+      ModelError: in use, for parameters that are not floating-point; where ``apply`` fails on one
+        example, as a function of a whole batch may; where it wants a key and gets none.
+
+    Example:
+      >>> model = bp.from_function(lambda params, x: params["w"] @ x, name="linear")
+      >>> params = {"w": jnp.zeros((2, 3))}
+      >>> norms = bp.per_example_grad_norms(model, bp.losses.squared_error)
+      >>> print(norms(params, jnp.ones((4, 3)), jnp.ones((4, 2))).round(2))
+      [2.45 2.45 2.45 2.45]
+    """
+    function("from_function: apply", apply)
+    function("from_function: init", init)
+    function("from_function: is_state", is_state)
+    name = f"from_function({_name_of(apply)})" if name is None else text("name", name)
+    traced = _Traced(apply, is_state)
+    layer = Layer(
+        name=name,
+        init=init,
+        forward=traced.forward,
+        backward=traced.backward,
+        reference=traced.outputs,
+        is_state=is_state,
+        doc="A layer from a function of one example; δ comes by autodiff.",
+    )
+    return placed(f"{name}:", layer)
+
+
+@functools.lru_cache(maxsize=64)
+def from_cost(cost: Callable[..., Array]) -> Layer:
+    """A layer from (x, y) to the costs, of ``cost(params, x, y) -> C`` for one example."""
+
+    def of_example(params: Tree, xy: Tree, **key: Array) -> Array:
+        return _scalar(cost(params, *xy, **key))
+
+    of_example.__signature__ = inspect.signature(cost)  # type: ignore[attr-defined]
+    return from_function(of_example, name=_name_of(cost))
+
+
+def _scalar(cost: Tree) -> Array:
+    scalar = jax.tree.map(jnp.shape, cost) == ()
+    if not scalar or not jnp.issubdtype(jnp.result_type(cost), jnp.floating):
+        raise ModelError(f"takes a cost that is a real scalar, got {described(cost)}")
+    return cost
+
+
+def _name_of(apply: Callable[..., Any]) -> str:
+    return getattr(apply, "__name__", type(apply).__name__)
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["pull", "pull_taps", "read"],
+    meta_fields=["plan"],
+)
+@dataclass(frozen=True)
+class _Residuals:
+    """What a forward pass leaves.
+
+    Attributes:
+      pull: the way back to the parameters and the inputs, and to the taps if they are not apart.
+      pull_taps: the way back to the taps, where a plan ``splits``.
+      read: the activations at the meetings.
+    """
+
+    pull: Callable[..., Any]
+    pull_taps: Callable[..., Any] | None
+    read: list[Any]
+    plan: Plan
+
+
+class _Traced:
+    """A function of parameters and one example, over a batch."""
+
+    def __init__(self, apply: Callable[..., Tree], is_state: Callable[[Tree], Tree]) -> None:
+        self.apply = apply
+        self.is_state = is_state
+        self.takes_key, self.wants_key = _key_of(apply)
+        self.plans: dict[Any, tuple[Plan, Any]] = {}
+
+    def outputs(self, params: Tree, x: Tree, key: Array | None = None) -> Tree:
+        """The function over a batch, as autodiff differentiates it."""
+        keys = self.keys(x, key)
+        return jax.vmap(lambda x, key: self.of_one(params, x, key))(x, keys)
+
+    def of_one(self, params: Tree, x: Tree, key: Array | None) -> Tree:
+        return self.apply(params, x) if key is None else self.apply(params, x, key=key)
+
+    def keys(self, x: Tree, key: Array | None) -> Array | None:
+        """A key for each example, if the function takes one."""
+        if key is None and self.wants_key:
+            raise ModelError("wants a key; give the quantity key=")
+        return None if key is None or not self.takes_key else jax.random.split(key, batch_size(x))
+
+    def forward(self, params: Tree, x: Tree, key: Array | None = None) -> tuple[Tree, Tree]:
+        keys, leaves = self.keys(x, key), jax.tree.leaves(params)
+        plan, structure = self.plan(params, one_of(x), None if keys is None else one_of(keys))
+        n = batch_size(x)
+        taps = [
+            jnp.zeros((n, *meeting.loops, *meeting.tap.shape), meeting.tap.dtype)
+            for meeting in plan.body.meetings
+        ]
+
+        def run_with(leaves: list[Array], x: Tree, taps: list[Array] | None) -> Tree:
+            return _over_batch(plan, leaves, (x, keys), taps)
+
+        def alone(leaves: list[Array], x: Tree) -> Tree:
+            return run_with(leaves, x, None)[0]
+
+        if plan.splits:
+            ys, pull = jax.vjp(alone, leaves, x)
+            tapped = functools.partial(run_with, leaves, x)
+            _, pull_taps, read = jax.vjp(tapped, taps, has_aux=True)
+        else:
+            ys, pull, read = jax.vjp(run_with, leaves, x, taps, has_aux=True)
+            pull_taps = None
+        return jax.tree.unflatten(structure, ys), _Residuals(pull, pull_taps, read, plan)
+
+    def backward(
+        self, params: Tree, residuals: _Residuals, dy: Tree, contract: Tree = keep
+    ) -> tuple[Tree, Tree]:
+        back = residuals.pull(jax.tree.leaves(dy))
+        totals, dx = back[:2]
+        dx = jax.tree.map(lambda d: None if d.dtype == jax.dtypes.float0 else d, dx)
+        if asks_layers(contract):
+            return dx, contract_layer(contract, dy, ())
+        leaves = jax.tree.leaves(params)
+        asked = jax.tree.leaves(broadcast(contract, params), is_leaf=is_contraction)
+
+        @functools.cache
+        def factors() -> list[Factored]:
+            pull_taps = residuals.pull_taps
+            (deltas,) = back[2:] if pull_taps is None else pull_taps(jax.tree.leaves(dy))
+            return _factors(residuals, leaves, deltas, jax.tree.leaves(dy)[0].shape[0])
+
+        state = jax.tree.leaves(self.is_state(params))
+        results = [
+            None if of_state else _result(c, total, lambda i=i: factors()[i])  # type: ignore[misc]
+            for i, (c, total, of_state) in enumerate(zip(asked, totals, state, strict=True))
+        ]
+        return dx, jax.tree.unflatten(jax.tree.structure(params), results)
+
+    def plan(self, params: Tree, x: Tree, key: Array | None) -> tuple[Plan, Any]:
+        """The plan for arguments of these shapes, and the tree of the outputs."""
+        leaves, structure = jax.tree.flatten((params, x, key))
+        shapes = tuple((leaf.shape, leaf.dtype) for leaf in leaves)
+        arguments = structure, shapes, jax.dtypes.canonicalize_dtype(float)
+        if arguments in self.plans:
+            return self.plans[arguments]
+        state = jax.tree.leaves(self.is_state(params))
+        _check_parameters(params, state)
+        with _told_of_one_example(x):
+            jaxpr, outputs = jax.make_jaxpr(self.of_one, return_shape=True)(params, x, key)
+        program = program_of(jaxpr)
+        plan = plan_of(program, len(state), [not of_state for of_state in state])
+        found = plan, jax.tree.structure(outputs)
+        if not any(map(is_traced, program.constants.values())):  # which are good in this call alone
+            self.plans[arguments] = found
+        return found
+
+
+def _over_batch(
+    plan: Plan, leaves: list[Array], xs: Tree, taps: list[Array] | None
+) -> tuple[list[Array], list[Any]]:
+    values = static_values(plan, leaves)
+    statics = {ref: values[ref.place] for ref in plan.body.statics}
+
+    def of_one(x: Tree, taps: list[Array] | None) -> tuple[list[Array], list[Any]]:
+        return run(plan.body, statics, jax.tree.leaves(x), taps)
+
+    return jax.vmap(of_one)(xs, taps)
+
+
+def _factors(
+    residuals: _Residuals, leaves: list[Array], deltas: list[Array], n: int
+) -> list[Factored]:
+    plan = residuals.plan
+    meetings = zip(plan.body.meetings, residuals.read, deltas, strict=True)
+    found = of_parameters(plan, static_values(plan, leaves), [met(*of) for of in meetings])
+    return [
+        nothing(leaf.shape, leaf.dtype, n) if factor is None else factor
+        for factor, leaf in zip(found, leaves, strict=True)
+    ]
+
+
+def _result(contraction: Contraction, total: Array, factor: Callable[[], Factored]) -> Any:
+    """A total is what autodiff sums anyway."""
+    return contraction(_Total(total) if contraction.adds_examples else factor())
+
+
+@dataclass(frozen=True)
+class _Total(Factored):
+    """Gradients that are summed already."""
+
+    sum: Array
+
+    def total(self) -> Array:
+        return self.sum
+
+
+def _key_of(apply: Callable[..., Any]) -> tuple[bool, bool]:
+    """Whether a function takes a key, and whether it must have one."""
+    try:
+        parameters = inspect.signature(apply).parameters
+    except (TypeError, ValueError):  # a builtin
+        return False, False
+    if "key" not in parameters:
+        return False, False
+    return True, parameters["key"].default is inspect.Parameter.empty
+
+
+def _check_parameters(params: Tree, state: list[bool]) -> None:
+    for (path, leaf), of_state in zip(jax.tree.leaves_with_path(params), state, strict=True):
+        if not of_state and not jnp.issubdtype(leaf.dtype, jnp.floating):
+            raise ModelError(
+                f"params{jax.tree_util.keystr(path)}: takes floating-point parameters, got "
+                f"{described(leaf)}; keep other arrays in the function, or name them by is_state="
+            )
+
+
+class _told_of_one_example:
+    """Says of an error in the user's function that it was called with ONE example."""
+
+    def __init__(self, x: Tree) -> None:
+        self.x = x
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
+        if isinstance(error, Exception) and not isinstance(error, ModelError):
+            error.add_note(
+                f"the function was called with ONE example, {described(self.x)}; one that takes a "
+                "batch can be called as lambda params, x: "
+                "f(params, jax.tree.map(lambda a: a[None], x))[0]"
+            )

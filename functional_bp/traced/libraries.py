@@ -1,0 +1,138 @@
+"""Models of Flax and Equinox, unchanged, as layers."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from jax import Array
+
+from ..checks import ModelError, told
+from ..layer import Layer
+from .function import from_function
+
+Tree = Any
+
+
+def from_flax(
+    module: Any, *, noisy: Mapping[str, Any] | None = None, rng: str = "dropout", **options: Any
+) -> Layer:
+    """A layer from a Flax (linen) module, which is called with batches of one example.
+
+    Its parameters are the module's variables, a dict of collections. Those outside ``"params"``,
+    such as ``"batch_stats"``, are state: they have no gradient, and are not renewed.
+
+    Args:
+      module: a ``flax.linen.Module``.
+      noisy: what ``options`` are where there is a key: ``noisy={"train": True}, train=False``.
+      rng: the stream of random numbers that a key is for.
+      options: keyword arguments of each call of the module. Batch norm takes its running averages:
+        with them an example's gradient is its own.
+
+    Raises:
+      ModelError: for what is no Flax module.
+
+    Example:
+      >>> import flax.linen as nn
+      >>> model = bp.from_flax(nn.Dense(2))
+      >>> params = model.init(jax.random.key(0), jnp.ones(3))
+      >>> norms = bp.per_example_grad_norms(model, bp.losses.squared_error)
+      >>> norms(params, jnp.ones((4, 3)), jnp.ones((4, 2))).shape
+      (4,)
+    """
+    if not (hasattr(module, "apply") and hasattr(module, "init")):
+        raise ModelError(f"from_flax: takes a flax.linen.Module, got {told(module)}")
+
+    def init(key: Array, x: Tree) -> Tree:
+        ones = jax.tree.map(lambda leaf: jax.numpy.ones((1, *leaf.shape), leaf.dtype), x)
+        return module.init({"params": key, rng: key}, ones, **options)
+
+    def apply(params: Tree, x: Tree, key: Array | None = None) -> Tree:
+        batch = jax.tree.map(lambda leaf: leaf[None], x)
+        how = options if key is None else options | dict(noisy or {})
+        rngs = None if key is None else {rng: key}
+        return jax.tree.map(lambda leaf: leaf[0], module.apply(params, batch, rngs=rngs, **how))
+
+    def is_state(params: Tree) -> Tree:
+        return {
+            name: jax.tree.map(lambda _, of_state=name != "params": of_state, collection)
+            for name, collection in params.items()
+        }
+
+    name = f"from_flax({type(module).__name__})"
+    return from_function(apply, init=init, is_state=is_state, name=name)
+
+
+def from_nnx(module: Any, *, rng: str = "dropout") -> tuple[Layer, Tree]:
+    """A layer and its parameters from a Flax NNX module, which is called with batches of one.
+
+    Without a key the module is as ``module.eval()`` makes it, with one as ``module.train()``. What is
+    no ``nnx.Param``, such as running averages, stays as it is.
+
+    Args:
+      module: a ``flax.nnx.Module``.
+      rng: the stream of random numbers that a key is for.
+
+    Returns:
+      ``(layer, params)``, the parameters being the state of its ``nnx.Param``. To have the trained
+      ones in the module: ``nnx.update(module, params)``.
+
+    Example:
+      >>> from flax import nnx
+      >>> model, params = bp.from_nnx(nnx.Linear(3, 2, rngs=nnx.Rngs(0)))
+      >>> norms = bp.per_example_grad_norms(model, bp.losses.squared_error)
+      >>> norms(params, jnp.ones((4, 3)), jnp.ones((4, 2))).shape
+      (4,)
+    """
+    from flax import nnx
+
+    if not isinstance(module, nnx.Module):
+        raise ModelError(f"from_nnx: takes a flax.nnx.Module, got {told(module)}")
+    graph, params, rest = nnx.split(module, nnx.Param, ...)
+
+    def apply(params: Tree, x: Tree, key: Array | None = None) -> Tree:
+        model = nnx.merge(graph, params, rest)
+        if key is None:
+            model.eval()
+        else:
+            model.train()
+            nnx.reseed(model, **{rng: key})
+        batch = jax.tree.map(lambda leaf: leaf[None], x)
+        return jax.tree.map(lambda leaf: leaf[0], model(batch))
+
+    return from_function(apply, name=f"from_nnx({type(module).__name__})"), params
+
+
+def from_equinox(module: Any) -> tuple[Layer, Tree]:
+    """A layer and its parameters from an Equinox module, which is called with one example.
+
+    Without a key the module is as ``eqx.nn.inference_mode`` makes it; with one it is called with
+    ``key=``, if it takes one.
+
+    Returns:
+      ``(layer, params)``, the parameters being the module with None for all but its floating-point
+      arrays. To have the trained ones in the module: ``eqx.combine(params, module)``.
+
+    Example:
+      >>> import equinox as eqx
+      >>> model, params = bp.from_equinox(eqx.nn.Linear(3, 2, key=jax.random.key(0)))
+      >>> norms = bp.per_example_grad_norms(model, bp.losses.squared_error)
+      >>> norms(params, jnp.ones((4, 3)), jnp.ones((4, 2))).shape
+      (4,)
+    """
+    import equinox as eqx
+
+    if not isinstance(module, eqx.Module) or not callable(module):
+        raise ModelError(f"from_equinox: takes an equinox.Module to call, got {told(module)}")
+    params, static = eqx.partition(module, eqx.is_inexact_array)
+    takes_key = "key" in inspect.signature(module).parameters
+
+    def apply(params: Tree, x: Tree, key: Array | None = None) -> Tree:
+        model = eqx.combine(params, static)
+        if key is None:
+            return eqx.nn.inference_mode(model)(x)
+        return model(x, key=key) if takes_key else model(x)
+
+    return from_function(apply, name=f"from_equinox({type(module).__name__})"), params
