@@ -73,6 +73,7 @@ from .quantities.per_example import per_example_grad_norms, per_example_grads
 from .recursion import init
 from .rules import rule
 from .summary import summary
+from .traced.explain import explain
 from .traced.function import from_function
 from .traced.libraries import from_equinox, from_flax, from_nnx
 from .training.batches import minibatches
@@ -114,6 +115,7 @@ __all__ = [
     "empirical_ntk",
     "entry",
     "evaluate",
+    "explain",
     "factors",
     "fit",
     "flatten",

@@ -23,7 +23,6 @@ from ..checks import ModelError, choice, whole
 from ..contractions import Moment, second_moment, second_order, squared_norms, total
 from ..factors.factored import per_example
 from ..freezing import merged
-from ..layer import Layer
 from ..losses.definition import Loss
 from ..quantity import (
     AlongVector,
@@ -86,7 +85,9 @@ def hvp(
     return along_vector(product)
 
 
-def ggnvp(model: Layer, loss: Loss, *, microbatch: int | None = None) -> AlongVector[Tree]:
+def ggnvp(
+    model: Model, loss: Loss | None = None, *, microbatch: int | None = None
+) -> AlongVector[Tree]:
     """The generalised Gauss–Newton matrix of the mean cost times a vector.
 
         Σₙ wₙ Jₙᵀ Hₙ Jₙ v / Σₙ wₙ
@@ -128,7 +129,11 @@ def ggnvp(model: Layer, loss: Loss, *, microbatch: int | None = None) -> AlongVe
 
 
 def ggn_diagonal(
-    model: Layer, loss: Loss, *, samples: int | None = None, microbatch: int | None = None
+    model: Model,
+    loss: Loss | None = None,
+    *,
+    samples: int | None = None,
+    microbatch: int | None = None,
 ) -> OfBatch[Tree]:
     """The diagonal of the generalised Gauss–Newton matrix of the mean cost.
 

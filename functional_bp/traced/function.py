@@ -17,7 +17,7 @@ from ..contractions import Contraction, asks_layers, broadcast, contract_layer, 
 from ..factors.factored import Factored
 from ..layer import Layer, batch_size, no_parameters, none_is_state, one_of, placed
 from .jaxprs import program_of
-from .parameters import met, nothing, of_parameters
+from .parameters import factors_of
 from .plan import Plan, plan_of
 from .run import run, static_values
 
@@ -102,7 +102,7 @@ def _name_of(apply: Callable[..., Any]) -> str:
     meta_fields=["plan"],
 )
 @dataclass(frozen=True)
-class _Residuals:
+class Residuals:
     """What a forward pass leaves.
 
     Attributes:
@@ -162,10 +162,10 @@ class _Traced:
         else:
             ys, pull, read = jax.vjp(run_with, leaves, x, taps, has_aux=True)
             pull_taps = None
-        return jax.tree.unflatten(structure, ys), _Residuals(pull, pull_taps, read, plan)
+        return jax.tree.unflatten(structure, ys), Residuals(pull, pull_taps, read, plan)
 
     def backward(
-        self, params: Tree, residuals: _Residuals, dy: Tree, contract: Tree = keep
+        self, params: Tree, residuals: Residuals, dy: Tree, contract: Tree = keep
     ) -> tuple[Tree, Tree]:
         back = residuals.pull(jax.tree.leaves(dy))
         totals, dx = back[:2]
@@ -179,7 +179,8 @@ class _Traced:
         def factors() -> list[Factored]:
             pull_taps = residuals.pull_taps
             (deltas,) = back[2:] if pull_taps is None else pull_taps(jax.tree.leaves(dy))
-            return _factors(residuals, leaves, deltas, jax.tree.leaves(dy)[0].shape[0])
+            n = jax.tree.leaves(dy)[0].shape[0]
+            return factors_of(residuals.plan, leaves, residuals.read, deltas, n)
 
         state = jax.tree.leaves(self.is_state(params))
         results = [
@@ -217,18 +218,6 @@ def _over_batch(
         return run(plan.body, statics, jax.tree.leaves(x), taps)
 
     return jax.vmap(of_one)(xs, taps)
-
-
-def _factors(
-    residuals: _Residuals, leaves: list[Array], deltas: list[Array], n: int
-) -> list[Factored]:
-    plan = residuals.plan
-    meetings = zip(plan.body.meetings, residuals.read, deltas, strict=True)
-    found = of_parameters(plan, static_values(plan, leaves), [met(*of) for of in meetings])
-    return [
-        nothing(leaf.shape, leaf.dtype, n) if factor is None else factor
-        for factor, leaf in zip(found, leaves, strict=True)
-    ]
 
 
 def _result(contraction: Contraction, total: Array, factor: Callable[[], Factored]) -> Any:

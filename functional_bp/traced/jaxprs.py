@@ -203,8 +203,8 @@ def convolution(equation: Equation) -> dict[str, Any] | None:
 # ---- where in the user's source
 
 
-def source_of(equation: Equation) -> str:
-    """``file:line`` of the user's code that an equation comes from, as far as it is known."""
+def source_of(equation: Equation) -> str | None:
+    """``file:line`` of the user's code that an equation comes from, if it is known."""
     traceback = getattr(equation.source_info, "traceback", None)
     frames = [
         frame
@@ -214,7 +214,7 @@ def source_of(equation: Equation) -> str:
     theirs = [frame for frame in frames if _SITE_PACKAGES not in frame.file_name]
     for frame in theirs or frames:
         return f"{frame.file_name}:{frame.line_num}"
-    return "unknown source"
+    return None
 
 
 _HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep

@@ -68,8 +68,8 @@ def from_flax(
 def from_nnx(module: Any, *, rng: str = "dropout") -> tuple[Layer, Tree]:
     """A layer and its parameters from a Flax NNX module, which is called with batches of one.
 
-    Without a key the module is as ``module.eval()`` makes it, with one as ``module.train()``. What is
-    no ``nnx.Param``, such as running averages, stays as it is.
+    Without a key the module is as ``module.eval()`` makes it, with one as ``module.train()``. What
+    is no ``nnx.Param``, such as running averages, stays as it is.
 
     Args:
       module: a ``flax.nnx.Module``.
@@ -90,7 +90,7 @@ def from_nnx(module: Any, *, rng: str = "dropout") -> tuple[Layer, Tree]:
 
     if not isinstance(module, nnx.Module):
         raise ModelError(f"from_nnx: takes a flax.nnx.Module, got {told(module)}")
-    graph, params, rest = nnx.split(module, nnx.Param, ...)
+    graph, params, rest = nnx.split(module, nnx.Param, ...)  # type: ignore[misc]
 
     def apply(params: Tree, x: Tree, key: Array | None = None) -> Tree:
         model = nnx.merge(graph, params, rest)
@@ -98,7 +98,7 @@ def from_nnx(module: Any, *, rng: str = "dropout") -> tuple[Layer, Tree]:
             model.eval()
         else:
             model.train()
-            nnx.reseed(model, **{rng: key})
+            nnx.reseed(model, **{rng: key})  # type: ignore[arg-type]
         batch = jax.tree.map(lambda leaf: leaf[None], x)
         return jax.tree.map(lambda leaf: leaf[0], model(batch))
 

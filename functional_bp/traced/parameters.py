@@ -18,11 +18,39 @@ from ..factors.arranged import Part, block, reshaped, transposed
 from ..factors.combined import Sum
 from ..factors.factored import Factored, Itself, Outer
 from .plan import Meeting, Plan, Step
+from .run import static_values
 
 Value = Any
 
 
-def met(meeting: Meeting, read: Value, delta: Array) -> Factored:
+def factors_of(
+    plan: Plan, leaves: Sequence[Array], read: Sequence[Value], deltas: Sequence[Array], n: int
+) -> list[Factored]:
+    """The factored gradient of each parameter.
+
+    Args:
+      leaves: the parameters.
+      read, deltas: at each meeting the activation that its route reads, and δ.
+      n: the number of examples.
+    """
+    values = static_values(plan, leaves)
+    factors: dict[int, list[Factored]] = {}
+    for meeting, *there in zip(plan.body.meetings, read, deltas, strict=True):
+        factors.setdefault(meeting.static.place, []).append(_met(meeting, *there))
+    for step in reversed(plan.steps):
+        given = [_sum(factors.pop(place, [])) for place in step.outputs]
+        if all(factor is None for factor in given):
+            continue
+        for place, factor in _through(plan, step, values, given):
+            factors.setdefault(place, []).append(factor)
+    found = [_sum(factors.get(place, [])) for place in range(plan.leaves)]
+    return [
+        _nothing(leaf, n) if factor is None else factor
+        for factor, leaf in zip(found, leaves, strict=True)
+    ]
+
+
+def _met(meeting: Meeting, read: Value, delta: Array) -> Factored:
     """The factors at one meeting, of its static value."""
     mapped = meeting.static.mapped
     if meeting.route is not None:
@@ -30,33 +58,13 @@ def met(meeting: Meeting, read: Value, delta: Array) -> Factored:
     return Itself(delta.sum([1 + i for i, over in enumerate(mapped) if not over]))
 
 
-def of_parameters(
-    plan: Plan, values: Sequence[Value], at_meetings: Sequence[Factored]
-) -> list[Factored | None]:
-    """The factored gradient of each parameter, from those at all meetings; None where it has none.
-
-    Args:
-      values: of all that is static.
-    """
-    factors: dict[int, list[Factored]] = {}
-    for meeting, factor in zip(plan.body.meetings, at_meetings, strict=True):
-        factors.setdefault(meeting.static.place, []).append(factor)
-    for step in reversed(plan.steps):
-        given = [_sum(factors.pop(place, [])) for place in step.outputs]
-        if all(factor is None for factor in given):
-            continue
-        for place, factor in _through(plan, step, values, given):
-            factors.setdefault(place, []).append(factor)
-    return [_sum(factors.get(place, [])) for place in range(plan.leaves)]
-
-
-def nothing(shape: tuple[int, ...], dtype: Any, n: int) -> Factored:
+def _nothing(leaf: Array, n: int) -> Factored:
     """Gradients that are 0, of a parameter that no example meets."""
-    if len(shape) < 2:
-        return Itself(jnp.zeros((n, *shape), dtype))
-    rows, columns = shape[0], math.prod(shape[1:])
-    flat = Outer(jnp.zeros((n, rows), dtype), jnp.zeros((n, columns), dtype))
-    return reshaped(flat, shape)
+    if leaf.ndim < 2:
+        return Itself(jnp.zeros((n, *leaf.shape), leaf.dtype))
+    rows, columns = leaf.shape[0], math.prod(leaf.shape[1:])
+    flat = Outer(jnp.zeros((n, rows), leaf.dtype), jnp.zeros((n, columns), leaf.dtype))
+    return reshaped(flat, leaf.shape)
 
 
 def _sum(factors: list[Factored]) -> Factored | None:
@@ -80,6 +88,11 @@ def _through(
         if None not in moved:
             return [pair for pairs in moved if pairs is not None for pair in pairs]
     return _by_derivative(plan, step, values, given)
+
+
+def is_moved(step: Step) -> bool:
+    """Whether a step's factors follow from moving numbers."""
+    return step.equation.primitive.name in (*MOVES, "split")
 
 
 def _by_derivative(

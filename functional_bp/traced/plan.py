@@ -8,6 +8,7 @@ factors of a gradient are read, an activation and a δ.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
@@ -34,6 +35,23 @@ from .jaxprs import (
 from .routes import Route, recognised
 
 Value = Any
+OUTPUT = "the output"
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """Where an equation is in the user's code, looked up when it is asked for.
+
+    Attributes:
+      equations: the equation, and those around it that called it, from the inside out. (JAX keeps
+        the program of a jitted function from where it was called first.)
+    """
+
+    equations: tuple[Equation, ...]
+
+    def __str__(self) -> str:
+        found = filter(None, map(source_of, self.equations))
+        return next(found, "unknown source")
 
 
 @dataclass(frozen=True)
@@ -66,6 +84,7 @@ class Step:
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
     maps: tuple[tuple[int | None, ...], ...]
+    source: Source
 
     def __call__(self, *values: Value) -> list[Value]:
         function: Callable[..., list[Value]] = functools.partial(_evaluated, self.equation)
@@ -87,19 +106,21 @@ class Meeting:
       loops: the lengths of the loops around, the outermost first.
       tap: the shape and dtype of what δ is the cotangent of, for one turn of the loops.
       route: how the two meet; None where that is not known, and δ is the gradient itself.
-      equation: of the user's program; None for a static output.
+      operation: what it is called.
+      source: where it is in the user's code.
     """
 
     static: Static
     loops: tuple[int, ...]
     tap: jax.ShapeDtypeStruct
     route: Route | None
-    equation: Equation | None
+    operation: str
+    source: Source
 
     @property
-    def source(self) -> str:
-        """Where in the user's code."""
-        return source_of(self.equation) if self.equation is not None else "what it returns"
+    def is_unknown(self) -> bool:
+        """Whether what is kept for each example may be larger than what the operation gives."""
+        return self.route is None and self.operation not in (*ELEMENTWISE, OUTPUT)
 
 
 @dataclass(frozen=True, eq=False)
@@ -200,6 +221,7 @@ class _Planner:
     plan: Plan
     body: Body
     loops: tuple[int, ...]
+    calls: tuple[Equation, ...] = ()
 
     def new_static(self, like: Any, learned: bool, lengths: tuple[int, ...] = ()) -> int:
         self.plan.learned.append(learned and jnp.issubdtype(like.dtype, jnp.inexact))
@@ -235,7 +257,8 @@ class _Planner:
         """Plans one equation: as a static step, as its own equations, or as an instruction."""
         inside = called(equation)
         if inside is not None and any(map(self.is_learned, refs)):
-            return self.walk(inside, refs)
+            called_in = dataclasses.replace(self, calls=(equation, *self.calls))
+            return called_in.walk(inside, refs)
         if all(isinstance(ref, Static) for ref in refs) and self.stays_static(refs):
             return self.step(equation, refs)  # type: ignore[return-value]
         if not any(map(self.is_learned, refs)):
@@ -262,7 +285,8 @@ class _Planner:
             self.new_static(variable.aval, learned, lengths) for variable in equation.outvars
         )
         inputs = tuple(ref.place for ref in refs)
-        self.plan.steps.append(Step(equation, inputs, outputs, maps))
+        source = Source((equation, *self.calls))
+        self.plan.steps.append(Step(equation, inputs, outputs, maps, source))
         return [Static(place, tuple(turns)) for place in outputs]
 
     def instruction(self, equation: Equation | None, refs: Sequence[Ref], **met: Any) -> list[Ref]:
@@ -308,7 +332,10 @@ class _Planner:
         route: Route | None,
         equation: Equation | None,
     ) -> int:
-        self.body.meetings.append(Meeting(ref, self.loops, tap, route, equation))
+        operation = OUTPUT if equation is None else equation.primitive.name
+        operation = operation if route is None else route.name
+        source = Source(self.calls if equation is None else (equation, *self.calls))
+        self.body.meetings.append(Meeting(ref, self.loops, tap, route, operation, source))
         return len(self.body.meetings) - 1
 
     def output(self, ref: Ref) -> Local | Static:
@@ -361,7 +388,7 @@ class _Planner:
         taken = tuple(ref for ref in refs if isinstance(ref, Local))
         bodies, first = [], len(self.body.meetings)
         for program in programs:
-            inner = _Planner(self.plan, Body(len(taken)), self.loops)
+            inner = _Planner(self.plan, Body(len(taken)), self.loops, self.calls)
             inputs = [inner.new_local() if isinstance(ref, Local) else ref for ref in refs]
             inner.body.outputs = tuple(map(inner.output, inner.walk(program, inputs)))
             self.body.meetings += inner.body.meetings
@@ -376,7 +403,7 @@ class _Planner:
 
     def remat(self, program: Program, again: Callable[..., Any], refs: Sequence[Ref]) -> list[Ref]:
         locals_ = [ref for ref in refs if isinstance(ref, Local)]
-        inner = _Planner(self.plan, Body(len(locals_)), self.loops)
+        inner = _Planner(self.plan, Body(len(locals_)), self.loops, self.calls)
         inputs = [inner.new_local() if isinstance(ref, Local) else ref for ref in refs]
         outputs = inner.walk(program, inputs)
         outside = [ref if isinstance(ref, Static) else None for ref in outputs]
@@ -397,7 +424,7 @@ class _Planner:
         inside = [given(i, ref) for i, ref in enumerate(refs)]
         taken = [i for i, ref in enumerate(inside) if ref is None]
         begin = [self.output(refs[i]) for i in taken]
-        inner = _Planner(self.plan, Body(len(taken)), (*self.loops, scan.length))
+        inner = _Planner(self.plan, Body(len(taken)), (*self.loops, scan.length), self.calls)
         inputs = [inner.new_local() if ref is None else ref for ref in inside]
         outputs = inner.walk(program, inputs)
 

@@ -43,6 +43,11 @@ class Route:
         """The activation, from the operation's inputs."""
         raise NotImplementedError
 
+    @property
+    def summed(self) -> int:
+        """How many products are summed in each number that the operation gives."""
+        return 1
+
     def factor(self, a: Array, delta: Array, mapped: tuple[bool, ...]) -> Factored:
         """The factors; the parameter has an entry for each turn of the loops that are ``mapped``,
         and its gradient is a sum over those of the others."""
@@ -56,6 +61,10 @@ class InProduct(Route):
     product: Product
 
     name = "matrix product"
+
+    @property
+    def summed(self) -> int:
+        return math.prod(self.shape[axis] for axis in self.product.contracted[self.operand])
 
     def reads(self, values: Sequence[Array]) -> Array:
         return values[1 - self.operand]
@@ -123,6 +132,10 @@ class InConvolution(Route):
     convolution: Convolution
 
     name = "convolution"
+
+    @property
+    def summed(self) -> int:
+        return math.prod(self.shape) // self.convolution.outputs
 
     def reads(self, values: Sequence[Array]) -> Array:
         return values[0]

@@ -1,0 +1,195 @@
+"""What a traced function's gradients are made of, and what that costs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+from ..checks import ModelError, abstract, told
+from ..factors.arranged import Arranged, Part
+from ..factors.combined import Stacked, Sum
+from ..factors.convolved import Convolved
+from ..factors.factored import Factored, Outer
+from ..factors.rows import Rows
+from ..layer import Layer, batch_size
+from .function import Residuals, from_cost, from_function
+from .parameters import factors_of, is_moved
+from .plan import Meeting, Plan
+
+Tree = Any
+
+
+@dataclass(frozen=True)
+class Row:
+    """One parameter.
+
+    Attributes:
+      parameter: its path, as ``['params']['kernel']``.
+      shape: its shape.
+      meets: the operations in which it meets an example.
+      sources: where in the user's code, ``file:line`` for each.
+      kept: what each example's gradient is kept as.
+      share: the multiplications that its per-example norms take, as a share of those of a plain
+        step (three times those of all products that parameters are in).
+      unknown: what is not known to keep factors, and where.
+    """
+
+    parameter: str
+    shape: tuple[int, ...]
+    meets: tuple[str, ...]
+    sources: tuple[str, ...]
+    kept: str
+    share: float
+    unknown: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """A row for each parameter; ``str`` is a table."""
+
+    rows: tuple[Row, ...]
+
+    def __str__(self) -> str:
+        head = ("parameter", "shape", "meets an example in", "kept as", "norms ÷ step", "where")
+        table = [head, *(line for row in self.rows for line in _lines(row))]
+        widths = [max(map(len, column)) for column in zip(*table)]
+        lines = [
+            "  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip()
+            for line in table
+        ]
+        unknown = [f"{row.parameter}: {what}" for row in self.rows for what in row.unknown]
+        return "\n".join([*lines, *(["", "multiplied out:", *unknown] if unknown else [])])
+
+    __repr__ = __str__
+
+
+def explain(function: Layer | Callable[..., Tree], params: Tree, *batch: Tree) -> Explanation:
+    """How each parameter meets an example, what its gradients are kept as, and what that costs.
+
+    What to read where a quantity is slower than hoped. Nothing is computed: shapes alone are
+    traced.
+
+    Args:
+      function: a layer of ``bp.from_function`` and its like, or the function ``apply(params, x)``
+        that such a layer is made of, or a cost ``(params, x, y) -> C``.
+      batch: x; for a cost x and y. The examples are on the first axis.
+
+    Raises:
+      ModelError: for another kind of layer, and as the layer does.
+
+    Example:
+      >>> cost = lambda params, x, y: ((params["w"] @ x + params["b"] - y) ** 2).sum()
+      >>> params = {"w": jnp.zeros((2, 3)), "b": jnp.zeros(2)}
+      >>> found = bp.explain(cost, params, jnp.ones((4, 3)), jnp.ones((4, 2)))
+      >>> [(row.parameter, row.meets, row.kept) for row in found.rows]
+      [("['b']", ('add',), 'itself'), ("['w']", ('matrix product',), 'δ aᵀ')]
+    """
+    layer, x = _layer_of(function, batch)
+    residuals = jax.eval_shape(lambda params, x: layer.forward(params, x)[1], params, x)
+    if not isinstance(residuals, Residuals):
+        raise ModelError(f"explain: takes a layer of bp.from_function or a function, got {layer}")
+    plan, n = residuals.plan, batch_size(x)
+    meetings = plan.body.meetings
+    deltas = [abstract((n, *m.loops, *m.tap.shape), m.tap.dtype) for m in meetings]
+    leaves = jax.tree.leaves(params)
+    found = jax.eval_shape(
+        lambda leaves, read, deltas: factors_of(plan, leaves, read, deltas, n),
+        *(leaves, residuals.read, deltas),
+    )
+    step = 3 * sum(_of_meeting(meeting) for meeting in meetings)
+    paths = [jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(params)]
+    rows = []
+    for place, (path, leaf, factor) in enumerate(zip(paths, leaves, found, strict=True)):
+        theirs, unknown = _met_by(plan, place)
+        rows.append(
+            Row(
+                parameter=path,
+                shape=tuple(leaf.shape),
+                meets=tuple(meeting.operation for meeting in theirs) or ("nothing",),
+                sources=tuple(str(meeting.source) for meeting in theirs),
+                kept=_kept(factor) if theirs else "zero",
+                share=_of_norms(factor) / step if theirs and step else 0.0,
+                unknown=unknown,
+            )
+        )
+    return Explanation(tuple(rows))
+
+
+def _layer_of(function: Any, batch: Sequence[Tree]) -> tuple[Layer, Tree]:
+    if len(batch) not in (1, 2) or not (isinstance(function, Layer) or callable(function)):
+        raise ModelError(
+            "explain: takes a model, its parameters and x, or a cost, its parameters, x and y; got "
+            f"{told(function)} and {len(batch)} more"
+        )
+    if len(batch) == 2:
+        return from_cost(function), tuple(batch)
+    return function if isinstance(function, Layer) else from_function(function), batch[0]
+
+
+def _met_by(plan: Plan, leaf: int) -> tuple[list[Meeting], tuple[str, ...]]:
+    """A parameter's meetings, and the steps to them that multiply its gradients out."""
+    reached, unknown = {leaf}, []
+    for step in plan.steps:
+        if reached & set(step.inputs):
+            reached |= {place for place in step.outputs if plan.learned[place]}
+            if not is_moved(step) and any(plan.learned[place] for place in step.outputs):
+                unknown.append(f"{step.equation.primitive.name}, {step.source}")
+    theirs = [meeting for meeting in plan.body.meetings if meeting.static.place in reached]
+    unknown += [f"{m.operation}, {m.source}" for m in theirs if m.is_unknown]
+    return theirs, tuple(dict.fromkeys(unknown))
+
+
+def _lines(row: Row) -> list[tuple[str, ...]]:
+    first = (row.parameter, str(row.shape), row.meets[0], row.kept, f"{row.share:.2f}")
+    wheres = row.sources or ("",)
+    more = zip(row.meets[1:], wheres[1:])
+    return [(*first, wheres[0]), *(("", "", meets, "", "", where) for meets, where in more)]
+
+
+def _kept(factor: Factored) -> str:
+    """What an example's gradient is kept as, in the derivation's letters."""
+    if isinstance(factor, Sum):
+        kinds = list(dict.fromkeys(map(_kept, factor.parts)))
+        return f"a sum of {len(factor.parts)}: {', '.join(kinds)}"
+    if isinstance(factor, (Arranged, Part)):
+        return _kept(factor.factor)
+    if isinstance(factor, Stacked):
+        return f"a stack of {len(jax.tree.leaves(factor)[0])}: {_kept(factor.layers)}"
+    if isinstance(factor, Outer):
+        positions = math.prod(factor.u.shape[1:-1])
+        return "δ aᵀ" if positions == 1 else f"Σ δ aᵀ over {positions:,}"
+    if isinstance(factor, Rows):
+        return f"{math.prod(factor.ids.shape[1:]):,} rows of {factor.rows:,}"
+    return "δ and patches" if isinstance(factor, Convolved) else "itself"
+
+
+def _of_norms(factor: Factored) -> float:
+    """Multiplications of the norms of one example's gradient."""
+    if isinstance(factor, Sum):
+        return len(factor.parts) * sum(map(_of_norms, factor.parts))
+    if isinstance(factor, (Arranged, Part)):
+        return _of_norms(factor.factor)
+    if isinstance(factor, Stacked):
+        layers = len(jax.tree.leaves(factor)[0])
+        one = jax.tree.map(lambda leaf: abstract(leaf.shape[1:], leaf.dtype), factor.layers)
+        return layers * _of_norms(one)
+    if isinstance(factor, Outer):
+        t, o, i = math.prod(factor.u.shape[1:-1]), factor.u.shape[-1], factor.v.shape[-1]
+        return min(t * t * (o + i), t * o * i) if t > 1 else o + i
+    if isinstance(factor, Rows):
+        return math.prod(factor.ids.shape[1:]) * math.prod(factor.v.shape[1:])
+    if isinstance(factor, Convolved):
+        kernel, outputs = math.prod(factor.convolution.kernel), factor.convolution.outputs
+        positions = math.prod(factor.delta.shape[1:]) // outputs
+        return min(positions**2 * (outputs + kernel // outputs), positions * kernel)
+    return math.prod(jax.tree.leaves(factor)[0].shape[1:])
+
+
+def _of_meeting(meeting: Meeting) -> float:
+    """Multiplications of one example's forward pass through a meeting."""
+    turns, outputs = math.prod(meeting.loops), math.prod(meeting.tap.shape)
+    return turns * outputs * (meeting.route.summed if meeting.route is not None else 1)
