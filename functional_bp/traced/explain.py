@@ -16,7 +16,7 @@ from ..factors.convolved import Convolved
 from ..factors.factored import Factored, Outer
 from ..factors.rows import Rows
 from ..layer import Layer, batch_size
-from .function import Residuals, from_cost, from_function
+from .function import Residuals, from_cost, from_function, over_batch, taps_of
 from .parameters import factors_of, is_moved
 from .plan import Meeting, Plan
 
@@ -94,12 +94,13 @@ def explain(function: Layer | Callable[..., Tree], params: Tree, *batch: Tree) -
         raise ModelError(f"explain: takes a layer of bp.from_function or a function, got {layer}")
     plan, n = residuals.plan, batch_size(x)
     meetings = plan.body.meetings
-    deltas = [abstract((n, *m.loops, *m.tap.shape), m.tap.dtype) for m in meetings]
     leaves = jax.tree.leaves(params)
-    found = jax.eval_shape(
-        lambda leaves, read, deltas: factors_of(plan, leaves, read, deltas, n),
-        *(leaves, residuals.read, deltas),
-    )
+
+    def factors(leaves: list[Any], x: Tree) -> list[Factored]:
+        taps = taps_of(plan, n)  # which are of the shapes of δ
+        return factors_of(plan, leaves, over_batch(plan, leaves, x, None, taps)[1], taps, n)
+
+    found = jax.eval_shape(factors, leaves, x)
     step = 3 * sum(_of_meeting(meeting) for meeting in meetings)
     paths = [jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(params)]
     rows = []

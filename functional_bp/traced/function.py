@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 from collections.abc import Callable
@@ -97,24 +98,49 @@ def _name_of(apply: Callable[..., Any]) -> str:
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["pull", "pull_taps", "read"],
-    meta_fields=["plan"],
+    jax.tree_util.register_dataclass, data_fields=["kept", "x"], meta_fields=["way", "plan"]
 )
 @dataclass(frozen=True)
 class Residuals:
     """What a forward pass leaves.
 
     Attributes:
-      pull: the way back to the parameters and the inputs, and to the taps if they are not apart.
-      pull_taps: the way back to the taps, where a plan ``splits``.
-      read: the activations at the meetings.
+      kept: the arrays of the way back and of what was read, but for parameters, which are given
+        again.
+      x: inputs and keys, where a plan ``splits``: the pass with taps is then run when their δ are
+        asked for.
+      way: how those arrays go together.
     """
 
-    pull: Callable[..., Any]
-    pull_taps: Callable[..., Any] | None
-    read: list[Any]
+    kept: list[Array]
+    x: Tree
+    way: _Way
     plan: Plan
+
+    @classmethod
+    def of(cls, plan: Plan, leaves: list[Array], found: Tree, x: Tree) -> Residuals:
+        """``found``, without what is among the parameters."""
+        arrays, tree = jax.tree.flatten(found)
+        places = {id(leaf): i for i, leaf in enumerate(leaves)}
+        given = tuple(places.get(id(array)) for array in arrays)
+        kept = [array for array, place in zip(arrays, given) if place is None]
+        return cls(kept, x, _Way(plan, given, tree), plan)
+
+    def found(self, leaves: list[Array]) -> Tree:
+        """What ``of`` was given."""
+        kept = iter(self.kept)
+        arrays = [next(kept) if place is None else leaves[place] for place in self.way.given]
+        return self.way.tree.unflatten(arrays)
+
+
+@dataclass(frozen=True)
+class _Way:
+    """A tree whose structure has programs in it, which JAX tells apart though they are the same,
+    as where it traces the body of a loop twice: it equals another of the same plan."""
+
+    plan: Plan
+    given: tuple[int | None, ...]
+    tree: Any = dataclasses.field(compare=False)
 
 
 class _Traced:
@@ -143,45 +169,42 @@ class _Traced:
     def forward(self, params: Tree, x: Tree, key: Array | None = None) -> tuple[Tree, Tree]:
         keys, leaves = self.keys(x, key), jax.tree.leaves(params)
         plan, structure = self.plan(params, one_of(x), None if keys is None else one_of(keys))
-        n = batch_size(x)
-        taps = [
-            jnp.zeros((n, *meeting.loops, *meeting.tap.shape), meeting.tap.dtype)
-            for meeting in plan.body.meetings
-        ]
-
-        def run_with(leaves: list[Array], x: Tree, taps: list[Array] | None) -> Tree:
-            return _over_batch(plan, leaves, (x, keys), taps)
-
-        def alone(leaves: list[Array], x: Tree) -> Tree:
-            return run_with(leaves, x, None)[0]
-
         if plan.splits:
+
+            def alone(leaves: list[Array], x: Tree) -> list[Array]:
+                return over_batch(plan, leaves, x, keys, None)[0]
+
             ys, pull = jax.vjp(alone, leaves, x)
-            tapped = functools.partial(run_with, leaves, x)
-            _, pull_taps, read = jax.vjp(tapped, taps, has_aux=True)
+            residuals = Residuals.of(plan, leaves, (pull, None), (x, keys))
         else:
-            ys, pull, read = jax.vjp(run_with, leaves, x, taps, has_aux=True)
-            pull_taps = None
-        return jax.tree.unflatten(structure, ys), Residuals(pull, pull_taps, read, plan)
+            taps = taps_of(plan, batch_size(x))
+            ys, pull, read = jax.vjp(
+                lambda leaves, x, taps: over_batch(plan, leaves, x, keys, taps),
+                *(leaves, x, taps),
+                has_aux=True,
+            )
+            residuals = Residuals.of(plan, leaves, (pull, read), None)
+        return jax.tree.unflatten(structure, ys), residuals
 
     def backward(
         self, params: Tree, residuals: Residuals, dy: Tree, contract: Tree = keep
     ) -> tuple[Tree, Tree]:
-        back = residuals.pull(jax.tree.leaves(dy))
-        totals, dx = back[:2]
+        plan, leaves = residuals.plan, jax.tree.leaves(params)
+        pull, read = residuals.found(leaves)
+        dy_leaves = jax.tree.leaves(dy)
+        totals, dx, *deltas = pull(dy_leaves)
         dx = jax.tree.map(lambda d: None if d.dtype == jax.dtypes.float0 else d, dx)
         if asks_layers(contract):
             return dx, contract_layer(contract, dy, ())
-        leaves = jax.tree.leaves(params)
-        asked = jax.tree.leaves(broadcast(contract, params), is_leaf=is_contraction)
 
         @functools.cache
         def factors() -> list[Factored]:
-            pull_taps = residuals.pull_taps
-            (deltas,) = back[2:] if pull_taps is None else pull_taps(jax.tree.leaves(dy))
-            n = jax.tree.leaves(dy)[0].shape[0]
-            return factors_of(residuals.plan, leaves, residuals.read, deltas, n)
+            n = batch_size(dy)
+            if plan.splits:
+                return factors_of(plan, leaves, *_met(residuals, leaves, dy_leaves, n), n)
+            return factors_of(plan, leaves, read, deltas[0], n)
 
+        asked = jax.tree.leaves(broadcast(contract, params), is_leaf=is_contraction)
         state = jax.tree.leaves(self.is_state(params))
         results = [
             None if of_state else _result(c, total, lambda i=i: factors()[i])  # type: ignore[misc]
@@ -208,16 +231,36 @@ class _Traced:
         return found
 
 
-def _over_batch(
-    plan: Plan, leaves: list[Array], xs: Tree, taps: list[Array] | None
+def taps_of(plan: Plan, n: int) -> list[Array]:
+    """A zero for each meeting, of the shape of its δ."""
+    return [
+        jnp.zeros((n, *meeting.loops, *meeting.tap.shape), meeting.tap.dtype)
+        for meeting in plan.body.meetings
+    ]
+
+
+def over_batch(
+    plan: Plan, leaves: list[Array], x: Tree, keys: Array | None, taps: list[Array] | None
 ) -> tuple[list[Array], list[Any]]:
+    """The outputs for a batch, and what is read at the meetings."""
     values = static_values(plan, leaves)
     statics = {ref: values[ref.place] for ref in plan.body.statics}
 
-    def of_one(x: Tree, taps: list[Array] | None) -> tuple[list[Array], list[Any]]:
-        return run(plan.body, statics, jax.tree.leaves(x), taps)
+    def of_one(xs: Tree, taps: list[Array] | None) -> tuple[list[Array], list[Any]]:
+        return run(plan.body, statics, jax.tree.leaves(xs), taps)
 
-    return jax.vmap(of_one)(xs, taps)
+    return jax.vmap(of_one)((x, keys), taps)
+
+
+def _met(
+    residuals: Residuals, leaves: list[Array], dy: list[Array], n: int
+) -> tuple[list[Any], list[Array]]:
+    """What is read at the meetings, and δ there, by a pass of its own."""
+    plan, (x, keys) = residuals.plan, residuals.x
+    _, pull, read = jax.vjp(
+        lambda taps: over_batch(plan, leaves, x, keys, taps), taps_of(plan, n), has_aux=True
+    )
+    return read, pull(dy)[0]
 
 
 def _result(contraction: Contraction, total: Array, factor: Callable[[], Factored]) -> Any:

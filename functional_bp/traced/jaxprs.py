@@ -110,12 +110,14 @@ def scanned(equation: Equation) -> Scan | None:
     return Scan(program, constants, carried, length, params["reverse"], unroll)
 
 
-def has_custom_vjp(equation: Equation) -> bool:
-    """Whether there is a ``custom_vjp`` in an equation, which has no forward-mode derivative."""
-    if equation.primitive.name.startswith("custom_vjp"):
+def reverse_alone(equation: Equation) -> bool:
+    """Whether under ``vmap`` an equation has a reverse-mode derivative alone: a ``custom_vjp`` has
+    no other, and the cotangents of a branch that is not chosen are held back by
+    ``stop_gradient``, through which no tangent is transposed."""
+    if equation.primitive.name.startswith("custom_vjp") or equation.primitive.name == "cond":
         return True
     programs = map(program_of, jaxprs_in_params(equation.params))
-    return any(has_custom_vjp(inner) for program in programs for inner in program.equations)
+    return any(reverse_alone(inner) for program in programs for inner in program.equations)
 
 
 def branches(equation: Equation) -> list[Program] | None:

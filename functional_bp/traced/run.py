@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from .jaxprs import evaluated, has_custom_vjp
+from .jaxprs import evaluated, reverse_alone
 from .plan import Block, Body, Choice, Instruction, Local, Plan, Ref, Static
 
 Value = Any
@@ -75,8 +75,8 @@ def _instruction(
         return outputs(given), [()] * len(instruction.meetings)
     route = body.meetings[instruction.meetings[0]].route
     if route is None:
-        reverse_only = instruction.equation is not None and has_custom_vjp(instruction.equation)
-        tapped = _tapped_in_reverse if reverse_only else _tapped_both_ways
+        in_reverse = instruction.equation is not None and reverse_alone(instruction.equation)
+        tapped = _tapped_in_reverse if in_reverse else _tapped_both_ways
         return tapped(outputs, given, instruction.operands, taps), [()] * len(taps)
     (output,) = outputs(given)
     return [_tapped(output, taps[0])], [route.reads(given)]
