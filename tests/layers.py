@@ -19,6 +19,7 @@ Sizes are equal wherever they may be, so that what is compiled for one layer ser
 import dataclasses
 import functools
 
+import flax.linen
 import jax
 import jax.numpy as jnp
 
@@ -115,6 +116,20 @@ def users_cell():
     return bp.Cell("a user's cell", 2, ("h",), init, forward, jnp.cos, backward, factors)
 
 
+def traced():
+    """Kernels as (in, out), one of them used twice."""
+
+    def init(key, x):
+        kernel = jax.random.normal(key, (x.shape[-1], 2), x.dtype)
+        return {"kernel": kernel, "bias": jnp.zeros(2, x.dtype)}
+
+    def apply(params, x):
+        z = x @ params["kernel"] + params["bias"][None]
+        return jnp.tanh(z) @ params["kernel"].T
+
+    return bp.from_function(apply, init=init, name="traced")
+
+
 RULES = {
     "dense": (bp.dense(4), VECTOR),
     "dense at positions": (bp.dense(4), POSITIONS),
@@ -147,6 +162,8 @@ RULES = {
     ),
     "last output": (bp.rnn(2, activation="relu", output="last"), padded("h")),
     "a user's cell": (bp.through_time(users_cell()), SEQUENCE),
+    "a function": (traced(), POSITIONS),
+    "a Flax module": (bp.from_flax(flax.linen.Dense(2)), VECTOR),
     "a user's rule": (scale(), VECTOR),
     "a user's factors": (scale(Plain), VECTOR),
 }

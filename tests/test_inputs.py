@@ -7,11 +7,13 @@ is in these tests by itself; an argument of a new name fails until ``KINDS`` say
 import inspect
 import math
 
+import flax.linen
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 import functional_bp as bp
 
@@ -91,6 +93,8 @@ BAD = {
     "like parameters": (3, "v", None, PARAMS[:2], jax.tree.map(lambda p: p * 1j, PARAMS)),
     "other batch": (3, "x", (PARAMS,), (PARAMS, X, Y[:2]), (PARAMS[:2], X, Y)),
     "other x": (3, "x", X[:, 0], X[:, :2]),
+    "flax": (3, "Dense", None, a_function),
+    "options or none": (3, "train", ["train"]),
     "of one's own": (),  # whatever it is, it goes to the caller's own code
 }
 
@@ -149,6 +153,10 @@ KINDS = {
     "inference": "layer or none",
     "head": "head",
     "options": "of one's own",
+    "apply": "function",
+    "module": "flax",
+    "noisy": "options or none",
+    "rng": "text",
     "parts": "of one's own",
 }
 IN = {
@@ -161,6 +169,9 @@ IN = {
     ("batch_norm", "momentum"): "from 0 to 1",
     ("init", "key"): "key",
     ("tied", "layer"): "layer or loss",
+    ("explain", "function"): "function",
+    ("explain", "y"): "of one's own",
+    ("from_function", "name"): "text or none",
     **dict.fromkeys((("init", "x"), ("init", "y")), "an example"),
     ("loss", "name"): "text or none",
     ("trainable", "frozen"): "frozen of parameters",
@@ -185,7 +196,7 @@ GOOD = {
     **{"like": PARAMS, "trained": PARAMS, "frozen": None, "x": X, "y": Y, "key": KEY},
     **{"optimizer": optax.sgd(0.1), "batches": [(X, Y)], "weights": np.ones(4), "v": PARAMS},
     **{"path": "no-such-folder/params.safetensors", "folder": "no-such-folder"},
-    **{"other": (PARAMS, X, Y), "a": np.ones((4, 3), np.float32)},
+    **{"apply": a_function, "other": (PARAMS, X, Y), "a": np.ones((4, 3), np.float32)},
 }
 GOOD_IN = {
     ("bidirectional", "forward"): bp.lstm(2),
@@ -196,6 +207,9 @@ GOOD_IN = {
     ("check_layer", "layer"): MODEL,
     ("kfac", "batch"): (X, Y),
     ("dense", "features"): 3,
+    ("explain", "function"): bp.from_function(lambda params, x: params[0]["weight"] @ x),
+    ("from_flax", "module"): flax.linen.Dense(2),
+    ("from_nnx", "module"): nnx.Linear(2, 2, rngs=nnx.Rngs(0)),
     ("empirical_ntk", "other"): X,
 }
 # Records, which functions fill; pytrees, through which JAX passes whatever it likes; modules.
@@ -237,7 +251,7 @@ def call(function, given):
             named[argument.name] = given[argument.name]
         elif (function, argument.name) in GOOD_IN:
             named[argument.name] = GOOD_IN[function, argument.name]
-        elif argument.default is argument.empty:
+        elif argument.default is argument.empty or argument.name in ("loss", "max_norm"):
             named[argument.name] = GOOD[argument.name]
     if function == "fit" and "steps" not in named:
         named["epochs"] = named.get("epochs", 1)

@@ -133,7 +133,10 @@ def operations(jaxpr):
             yield from operations(inside)
 
 
-@pytest.mark.parametrize("name", LAYERS)
+OF_FUNCTIONS = ("a function", "a Flax module")  # whose own sums run as they say
+
+
+@pytest.mark.parametrize("name", [name for name in LAYERS if name not in OF_FUNCTIONS])
 def test_sums_of_bfloat16_run_in_float32(name):
     """As the program says it: what a CPU computes would not show it, for there a product of
     bfloat16 is summed in float32 whatever it is asked for."""

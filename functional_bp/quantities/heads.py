@@ -24,8 +24,8 @@ def with_head(model: Layer, loss: Loss) -> tuple[Layer, Loss]:
     """
     if loss is of_cost:
         raise ModelError(
-            f"{model.name}: is a cost, which has no outputs, and a Hessian of 0 by itself; give "
-            "bp.from_function of the model, and a loss"
+            f"takes a model and a loss, got the cost {model.name}, which has no outputs, and by "
+            "itself a Hessian of 0; bp.from_function makes a layer of the model"
         )
     if not loss.has_parameters:
         return model, loss

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 
-from ..checks import ModelError, abstract, told
+from ..checks import ModelError, abstract, arrays_of, told
+from ..checks import function as function_
 from ..factors.arranged import Arranged, Part
 from ..factors.combined import Stacked, Sum
 from ..factors.convolved import Convolved
 from ..factors.factored import Factored, Outer
 from ..factors.rows import Rows
-from ..layer import Layer, batch_size
+from ..layer import Layer, batch_size, place
 from .function import Residuals, from_cost, from_function, over_batch, taps_of
 from .parameters import factors_of, is_moved
 from .plan import Meeting, Plan
@@ -67,7 +68,9 @@ class Explanation:
     __repr__ = __str__
 
 
-def explain(function: Layer | Callable[..., Tree], params: Tree, *batch: Tree) -> Explanation:
+def explain(
+    function: Layer | Callable[..., Tree], params: Tree, x: Tree, y: Tree = None
+) -> Explanation:
     """How each parameter meets an example, what its gradients are kept as, and what that costs.
 
     What to read where a quantity is slower than hoped. Nothing is computed: shapes alone are
@@ -76,7 +79,8 @@ def explain(function: Layer | Callable[..., Tree], params: Tree, *batch: Tree) -
     Args:
       function: a layer of ``bp.from_function`` and its like, or the function ``apply(params, x)``
         that such a layer is made of, or a cost ``(params, x, y) -> C``.
-      batch: x; for a cost x and y. The examples are on the first axis.
+      params: the parameters, or their shapes and dtypes.
+      x, y: a batch, y for a cost alone. The examples are on the first axis.
 
     Raises:
       ModelError: for another kind of layer, and as the layer does.
@@ -88,11 +92,14 @@ def explain(function: Layer | Callable[..., Tree], params: Tree, *batch: Tree) -
       >>> [(row.parameter, row.meets, row.kept) for row in found.rows]
       [("['b']", ('add',), 'itself'), ("['w']", ('matrix product',), 'δ aᵀ')]
     """
-    layer, x = _layer_of(function, batch)
+    arrays_of("explain: params", params)
+    layer, x = _layer_of(function, x, y)
+    with place("explain: x:"):
+        n = batch_size(x)
     residuals = jax.eval_shape(lambda params, x: layer.forward(params, x)[1], params, x)
     if not isinstance(residuals, Residuals):
         raise ModelError(f"explain: takes a layer of bp.from_function or a function, got {layer}")
-    plan, n = residuals.plan, batch_size(x)
+    plan = residuals.plan
     meetings = plan.body.meetings
     leaves = jax.tree.leaves(params)
 
@@ -104,8 +111,8 @@ def explain(function: Layer | Callable[..., Tree], params: Tree, *batch: Tree) -
     step = 3 * sum(_of_meeting(meeting) for meeting in meetings)
     paths = [jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(params)]
     rows = []
-    for place, (path, leaf, factor) in enumerate(zip(paths, leaves, found, strict=True)):
-        theirs, unknown = _met_by(plan, place)
+    for i, (path, leaf, factor) in enumerate(zip(paths, leaves, found, strict=True)):
+        theirs, unknown = _met_by(plan, i)
         rows.append(
             Row(
                 parameter=path,
@@ -120,15 +127,13 @@ def explain(function: Layer | Callable[..., Tree], params: Tree, *batch: Tree) -
     return Explanation(tuple(rows))
 
 
-def _layer_of(function: Any, batch: Sequence[Tree]) -> tuple[Layer, Tree]:
-    if len(batch) not in (1, 2) or not (isinstance(function, Layer) or callable(function)):
-        raise ModelError(
-            "explain: takes a model, its parameters and x, or a cost, its parameters, x and y; got "
-            f"{told(function)} and {len(batch)} more"
-        )
-    if len(batch) == 2:
-        return from_cost(function), tuple(batch)
-    return function if isinstance(function, Layer) else from_function(function), batch[0]
+def _layer_of(function: Any, x: Tree, y: Tree) -> tuple[Layer, Tree]:
+    if not isinstance(function, Layer):
+        function_("explain: function", function)
+        return (from_function(function), x) if y is None else (from_cost(function), (x, y))
+    if y is not None:
+        raise ModelError(f"explain: takes y for a cost, got the layer {function} and {told(y)}")
+    return function, x
 
 
 def _met_by(plan: Plan, leaf: int) -> tuple[list[Meeting], tuple[str, ...]]:
@@ -136,8 +141,8 @@ def _met_by(plan: Plan, leaf: int) -> tuple[list[Meeting], tuple[str, ...]]:
     reached, unknown = {leaf}, []
     for step in plan.steps:
         if reached & set(step.inputs):
-            reached |= {place for place in step.outputs if plan.learned[place]}
-            if not is_moved(step) and any(plan.learned[place] for place in step.outputs):
+            reached |= {made for made in step.outputs if plan.learned[made]}
+            if not is_moved(step) and any(plan.learned[made] for made in step.outputs):
                 unknown.append(f"{step.equation.primitive.name}, {step.source}")
     theirs = [meeting for meeting in plan.body.meetings if meeting.static.place in reached]
     unknown += [f"{m.operation}, {m.source}" for m in theirs if m.is_unknown]

@@ -15,6 +15,7 @@ from jax import Array
 
 from ..checks import ModelError, described, function, is_traced, text
 from ..contractions import Contraction, asks_layers, broadcast, contract_layer, is_contraction, keep
+from ..docstrings import explained
 from ..factors.factored import Factored
 from ..layer import Layer, batch_size, no_parameters, none_is_state, one_of, placed
 from .jaxprs import program_of
@@ -25,6 +26,10 @@ from .run import run, static_values
 Tree = Any
 
 
+@explained(
+    forward="y = f(θ, x)",
+    backward="δ by autodiff;  where z = W a in f:  ∂C/∂W = δ aᵀ      (BP4)",
+)
 def from_function(
     apply: Callable[..., Tree],
     *,
@@ -70,7 +75,6 @@ def from_function(
         backward=traced.backward,
         reference=traced.outputs,
         is_state=is_state,
-        doc="A layer from a function of one example; δ comes by autodiff.",
     )
     return placed(f"{name}:", layer)
 

@@ -9,13 +9,18 @@ from typing import Any
 import jax
 from jax import Array
 
-from ..checks import ModelError, told
+from ..checks import ModelError, text, told
+from ..docstrings import explained
 from ..layer import Layer
 from .function import from_function
 
 Tree = Any
 
 
+@explained(
+    forward="y = module.apply(θ, x)",
+    backward="δ by autodiff;  where z = W a in the module:  ∂C/∂W = δ aᵀ      (BP4)",
+)
 def from_flax(
     module: Any, *, noisy: Mapping[str, Any] | None = None, rng: str = "dropout", **options: Any
 ) -> Layer:
@@ -44,6 +49,9 @@ def from_flax(
     """
     if not (hasattr(module, "apply") and hasattr(module, "init")):
         raise ModelError(f"from_flax: takes a flax.linen.Module, got {told(module)}")
+    if not isinstance(noisy, Mapping | None):
+        raise ModelError(f"from_flax: noisy: takes a dict of keyword arguments, got {told(noisy)}")
+    text("from_flax: rng", rng)
 
     def init(key: Array, x: Tree) -> Tree:
         ones = jax.tree.map(lambda leaf: jax.numpy.ones((1, *leaf.shape), leaf.dtype), x)
@@ -88,6 +96,7 @@ def from_nnx(module: Any, *, rng: str = "dropout") -> tuple[Layer, Tree]:
     """
     from flax import nnx
 
+    text("from_nnx: rng", rng)
     if not isinstance(module, nnx.Module):
         raise ModelError(f"from_nnx: takes a flax.nnx.Module, got {told(module)}")
     graph, params, rest = nnx.split(module, nnx.Param, ...)  # type: ignore[misc]

@@ -16,7 +16,7 @@ from jax import Array
 
 from ..factors.arranged import Part, block, reshaped, transposed
 from ..factors.combined import Sum
-from ..factors.factored import Factored, Itself, Outer
+from ..factors.factored import Factored, Itself, Outer, accumulator
 from .plan import Meeting, Plan, Step
 from .run import static_values
 
@@ -55,7 +55,8 @@ def _met(meeting: Meeting, read: Value, delta: Array) -> Factored:
     mapped = meeting.static.mapped
     if meeting.route is not None:
         return meeting.route.factor(read, delta, mapped)
-    return Itself(delta.sum([1 + i for i, over in enumerate(mapped) if not over]))
+    turns = [1 + i for i, over in enumerate(mapped) if not over]
+    return Itself(delta.sum(turns, dtype=accumulator(delta)) if turns else delta)
 
 
 def _nothing(leaf: Array, n: int) -> Factored:
