@@ -19,4 +19,7 @@ The first word of a name says what a candidate is: *ours*; *usual*, what most pe
 *strongest*, what an expert would write; or the name of a library.
 """
 
-FAMILIES = ("mlp", "normalisation", "quantities", "deep", "recurrent", "training", "imports")
+FAMILIES = (
+    *("mlp", "normalisation", "quantities", "traced", "deep", "recurrent", "training"),
+    "imports",
+)

@@ -42,6 +42,7 @@ def model():
 
 def quantities(model, loss):
     import jax
+    import jax.numpy as jnp
 
     import functional_bp as bp
 
@@ -54,11 +55,30 @@ def quantities(model, loss):
         running = bp.batch_norm().init(jax.random.key(0), jax.ShapeDtypeStruct((5,), float))
         return bp.value_and_grad(normalised, loss, renew=True)((params, (), running), x, y)
 
+    def traced(params, x):
+        """The same by itself, as a user may have written it."""
+
+        def step(state, x):
+            h, c = state
+            z = cell["weight_x"] @ x + cell["weight_h"] @ h + cell["bias"]
+            i, f, g, o = jnp.split(z, 4)
+            c = jax.nn.sigmoid(f) * c + jax.nn.sigmoid(i) * jnp.tanh(g)
+            h = jax.nn.sigmoid(o) * jnp.tanh(c)
+            return (h, c), h
+
+        table, cell, last = params
+        zeros = jnp.zeros(8)
+        _, h = jax.lax.scan(step, (zeros, zeros), table["weight"][x])
+        return h @ last["weight"].T + last["bias"]
+
+    function = bp.from_function(traced)
     some = {"microbatch": 2 * DEVICES}
     first = {
         "value_and_grad": bp.value_and_grad(model, loss),
         "value_and_grad, batch norm": renewed,
         "norms": bp.per_example_grad_norms(model, loss),
+        "norms, traced": bp.per_example_grad_norms(function, loss),
+        "clipped, traced": bp.clipped_grad(function, loss, 0.1),
         "clipped, microbatches": bp.clipped_grad(model, loss, 0.1, **some),
     }
     second = {
