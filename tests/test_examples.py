@@ -103,7 +103,10 @@ def test_help_says_what_the_example_does(train_digits, options, capsys):
 PARSERS = {  # what each example needs
     "char_lm": "orbax.checkpoint",
     "dp_sgd": "dp_accounting",
+    "flax_private": "flax",
     "kfac_digits": "matplotlib",
+    "mislabelled": "equinox",
+    "noise_scale": "flax",
     "train_digits": "matplotlib",
     "vanishing_gradients": "matplotlib",
 }
