@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import Array
 
 from ..checks import ModelError, text, told
@@ -54,7 +55,7 @@ def from_flax(
     text("from_flax: rng", rng)
 
     def init(key: Array, x: Tree) -> Tree:
-        ones = jax.tree.map(lambda leaf: jax.numpy.ones((1, *leaf.shape), leaf.dtype), x)
+        ones = jax.tree.map(lambda leaf: jnp.ones((1, *leaf.shape), leaf.dtype), x)
         return module.init({"params": key, rng: key}, ones, **options)
 
     def apply(params: Tree, x: Tree, key: Array | None = None) -> Tree:
@@ -102,7 +103,7 @@ def from_nnx(module: Any, *, rng: str = "dropout") -> tuple[Layer, Tree]:
     graph, params, rest = nnx.split(module, nnx.Param, ...)  # type: ignore[misc]
 
     def apply(params: Tree, x: Tree, key: Array | None = None) -> Tree:
-        model = nnx.merge(graph, params, rest)
+        model = nnx.merge(graph, *jax.tree.map(_computed_here, (params, rest)))
         if key is None:
             model.eval()
         else:
@@ -112,6 +113,13 @@ def from_nnx(module: Any, *, rng: str = "dropout") -> tuple[Layer, Tree]:
         return jax.tree.map(lambda leaf: leaf[0], model(batch))
 
     return from_function(apply, name=f"from_nnx({type(module).__name__})"), params
+
+
+def _computed_here(leaf: Any) -> Any:
+    """A copy that belongs to the function which is traced: others NNX does not let a module change
+    or scan over."""
+    is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.extended)
+    return leaf if is_key else leaf + jnp.zeros((), leaf.dtype)
 
 
 def from_equinox(module: Any) -> tuple[Layer, Tree]:
