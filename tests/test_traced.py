@@ -425,6 +425,24 @@ def test_kronecker_factors_lie_as_the_parameter_does(fisher):
     check_equal({k: tuple(pair) for k, pair in columns.items()}, wanted)
 
 
+@pytest.mark.parametrize("fisher", ["empirical", "exact"])
+def test_kronecker_factors_of_a_kernel_that_is_used_twice(fisher):
+    """As of two layers with one weight; A and G change places where the kernel is (in, out)."""
+    weight = drawn(w=(D, D))["w"]
+    model = bp.tied(
+        bp.chain(bp.dense(D, bias=False), bp.tanh, bp.dense(D, bias=False)),
+        {(2, "weight"): (0, "weight")},
+    )
+
+    def factors(model, params):
+        return bp.kronecker_factors(model, LOSS, fisher=fisher)(params, VECTORS, VECTORS[::-1])
+
+    wanted = factors(model, ({"weight": weight}, (), {"weight": None}))[0]["weight"]
+    kernel = bp.from_function(lambda params, x: jnp.tanh(x @ params["w"]) @ params["w"])
+    found = factors(kernel, {"w": weight.T})["w"]
+    check_equal({"A": found.G, "G": found.A}, {"A": wanted.A, "G": wanted.G})
+
+
 def test_fit_and_kfac_train_it_as_layers_are_trained():
     model, params, of_layers = same_model()
 

@@ -50,6 +50,10 @@ class Sum(Factored):
     def columns(self, first: Array | int, count: int) -> Sum:
         return Sum(tuple(f.columns(first, count) for f in self.parts))
 
+    @property
+    def rows_are_inputs(self) -> bool:
+        return self.parts[0].rows_are_inputs
+
     def as_outer(self) -> Outer | None:
         parts = [f.as_outer() for f in self.parts]
         outers = [f for f in parts if f is not None]
