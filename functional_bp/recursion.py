@@ -29,8 +29,13 @@ Tree = Any
 Model = Layer | Callable[..., Array]
 """A layer, or a cost: ``(params, x, y) -> C`` of one example, which has no loss."""
 
-of_cost = Loss("the cost itself", value=lambda a, y: a, delta=lambda a, y: jnp.ones_like(a))
-"""In place of a loss, with a layer from (x, y) to the costs."""
+cost_itself = Loss(
+    "the cost itself",
+    value=lambda cost, y: cost,
+    delta=lambda cost, y: jnp.ones_like(cost),
+    joined=lambda pair: pair.parts[0],
+)
+"""In place of a loss, where the model is a layer from (x, y) to the costs already."""
 
 
 def paired(model: Model, loss: Loss | None) -> tuple[Layer, Loss]:
@@ -42,7 +47,7 @@ def paired(model: Model, loss: Loss | None) -> tuple[Layer, Loss]:
     if isinstance(model, Layer) and isinstance(loss, Loss):
         return model, loss
     if loss is None and callable(model) and not isinstance(model, Layer):
-        return from_cost(model), of_cost
+        return from_cost(model), cost_itself
     raise ModelError(
         "takes a layer and a loss of bp.losses, or a function cost(params, x, y) of one example "
         f"and no loss, got {told(model)} and {told(loss)}; bp.from_function makes a layer of any "
@@ -83,16 +88,12 @@ def with_loss(model: Model, loss: Loss | None) -> Layer:
     with it everything below.
     """
     model, loss = paired(model, loss)
-    if loss is of_cost:
-        return model
     return loss.joined(_ended(model, loss.layer, has_parameters=loss.has_parameters))
 
 
 def with_outputs(model: Layer, loss: Loss) -> Layer:
     """As ``with_loss``, from (x, y) to the costs and the outputs that they are of; forward only."""
     last = loss.layer
-    if loss is of_cost:
-        return dataclasses.replace(model, forward=lambda *of: ((model.forward(*of)[0], ()), ()))
 
     def forward(params: Tree, ay: Tree, key: Array | None = None) -> tuple[Tree, Tree]:
         costs, residuals = last.forward(params, ay, key)

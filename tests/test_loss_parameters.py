@@ -237,6 +237,18 @@ def test_quantities_are_those_of_the_same_numbers_in_a_last_layer(quantities):
     assert jax.tree.structure(given) == jax.tree.structure(wanted)
 
 
+def test_the_empirical_fisher_needs_no_head():
+    model, loss, params, x, y = data("no head")
+
+    def value(a, y):
+        return loss.value(params[1], a, y)
+
+    fixed = bp.losses.loss(value, jax.grad(value))
+    given, own = bp.kronecker_factors(model, loss)(params, x, y)
+    check_equal({"A, G": given}, {"A, G": bp.kronecker_factors(model, fixed)(params[0], x, y)})
+    assert own == {"s": None}  # its gradient is no δ aᵀ
+
+
 @pytest.mark.parametrize("name", [TABLE, DENSE])
 def test_a_tied_parameter_is_none_and_its_curvature_that_of_a_tied_last_layer(name):
     model, loss, params, x, y = data(name)
@@ -492,7 +504,7 @@ NO_HEAD = "gaussian: has parameters, and does not state of which outputs its Hes
         (lambda: tie((1, "bias"), (0, 0, "weight")), "of equal shapes, got float64(7,) at (1, 'bi"),
         (lambda: bp.tied(IDS, TIE), "takes a loss that has parameters"),
         (lambda: bp.ggnvp(MODEL, gaussian), NO_HEAD),
-        (lambda: bp.kronecker_factors(MODEL, gaussian), NO_HEAD),
+        (lambda: bp.kronecker_factors(MODEL, gaussian, fisher="exact"), NO_HEAD),
         (
             lambda: softmax_regression(3, head=bp.dense(3)),
             HEAD + "a layer and a loss, got dense(3)",

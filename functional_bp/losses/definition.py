@@ -20,7 +20,7 @@ from ..layer import Layer, a_layer, no_parameters, one_of, placed
 Tree = Any
 
 
-def _any_target(a: Tree, y: Tree) -> None:
+def any_target(a: Tree, y: Tree) -> None:
     """Fits every output and target."""
 
 
@@ -49,7 +49,7 @@ class Loss:
     name: str
     value: Callable[..., Array]
     delta: Callable[..., Tree]
-    check: Callable[[Tree, Tree], None] = _any_target
+    check: Callable[[Tree, Tree], None] = any_target
     root: Callable[[Tree, Tree, Tree], Tree] | None = None
     sample: Callable[[Array, Tree, Tree], Tree] | None = None
     init: Callable[..., Tree] = no_parameters
@@ -171,7 +171,7 @@ def loss(
     delta: Callable[..., Tree],
     *,
     name: str | None = None,
-    check: Callable[[Tree, Tree], None] = _any_target,
+    check: Callable[[Tree, Tree], None] = any_target,
     root: Callable[[Tree, Tree, Tree], Tree] | None = None,
     sample: Callable[[Array, Tree, Tree], Tree] | None = None,
     init: Callable[..., Tree] = no_parameters,

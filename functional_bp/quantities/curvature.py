@@ -11,6 +11,7 @@ A loss with parameters has no H by the model's outputs: its ``head`` says of whi
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -23,6 +24,7 @@ from ..checks import ModelError, choice, whole
 from ..contractions import Moment, second_moment, second_order, squared_norms, total
 from ..factors.factored import per_example
 from ..freezing import merged
+from ..layer import Layer
 from ..losses.definition import Loss
 from ..quantity import (
     AlongVector,
@@ -35,7 +37,7 @@ from ..quantity import (
     like,
     of_batch,
 )
-from ..recursion import Model, forward_pass, of_cost, paired, separate, with_loss
+from ..recursion import Model, forward_pass, paired, separate, with_loss
 from .gradients import grad
 from .heads import with_head
 from .inner_products import vector
@@ -163,8 +165,10 @@ def ggn_diagonal(
     """
     cost = separate(model, loss)
     model, loss = with_head(*paired(model, loss))
-    fisher = "exact" if samples is None else "sampled"
-    deltas = _deltas(loss, fisher, 1 if samples is None else samples)
+    if samples is None:
+        deltas = _deltas(loss, "exact", 1)
+    else:
+        deltas = _deltas(loss, "sampled", whole("samples", samples))
 
     def formula(batch: Batch) -> Results:
         key, sample_key = _two_keys(batch.key)
@@ -244,18 +248,16 @@ def kronecker_factors(
       ([[5.0]], [[20.0]])
     """
     cost = separate(model, loss)
-    model, loss = paired(model, loss)
+    whole("samples", samples)
+    choice("fisher", fisher, FISHER)
     choice("shared", shared, SHARED)
-    if loss is not of_cost or fisher != "empirical":
-        model, loss = with_head(model, loss)
-    deltas = _deltas(loss, fisher, samples)
+    passes = (
+        _of_targets(cost) if fisher == "empirical" else _of_hessian(model, loss, fisher, samples)
+    )
 
     def formula(batch: Batch) -> Results:
-        key, sample_key = _two_keys(batch.key) if fisher == "sampled" else (batch.key, None)
-        x = (batch.x, batch.y) if loss is of_cost else batch.x
-        a, backward = forward_pass(model, loss, batch.params, x, batch.y, key)
-        delta = loss.deltas(a, batch.y)
-        shapes = jax.eval_shape(lambda: backward(delta, squared_norms))
+        once, over_all = passes(batch)
+        shapes = jax.eval_shape(lambda: once(squared_norms))
 
         def asked(of: str) -> Tree:
             def of_one(shape: Any) -> Any:
@@ -264,14 +266,44 @@ def kronecker_factors(
 
             return jax.tree.map(of_one, shapes)
 
-        inputs = backward(delta, asked("input"))
-        outputs = deltas(a, batch.y, sample_key, lambda delta: backward(delta, asked("output")))
+        inputs, outputs = once(asked("input")), over_all(asked("output"))
         pairs = jax.tree.map(
             lambda p, *both: _kronecker(*both), learned(cost, batch.params), inputs, outputs
         )
         return Results(sums=pairs)
 
     return of_batch(cost, formula, microbatch, then=lambda r: r.sums, gradients=False)
+
+
+Ask = Callable[[Tree], Tree]
+Passes = Callable[[Batch], tuple[Ask, Ask]]
+"""``contract -> results`` of one δ recursion, and Σ results over the δ of a Fisher matrix."""
+
+
+def _of_targets(cost: Layer) -> Passes:
+    def passes(batch: Batch) -> tuple[Ask, Ask]:
+        r = batch.recursion(cost)
+        once = functools.partial(r.backward, r.ones)
+        return once, once
+
+    return passes
+
+
+def _of_hessian(model: Model, loss: Loss | None, fisher: str, samples: int) -> Passes:
+    outputs, last = with_head(*paired(model, loss))
+    deltas = _deltas(last, fisher, samples)
+
+    def passes(batch: Batch) -> tuple[Ask, Ask]:
+        key, sample_key = _two_keys(batch.key) if fisher == "sampled" else (batch.key, None)
+        a, backward = forward_pass(outputs, last, batch.params, batch.x, batch.y, key)
+        once = functools.partial(backward, last.deltas(a, batch.y))
+
+        def over_all(contract: Tree) -> Tree:
+            return deltas(a, batch.y, sample_key, lambda delta: backward(delta, contract))
+
+        return once, over_all
+
+    return passes
 
 
 def _kronecker(inputs: Moment | None, outputs: Moment | None) -> Kronecker | None:
@@ -283,11 +315,6 @@ def _kronecker(inputs: Moment | None, outputs: Moment | None) -> Kronecker | Non
 
 def _deltas(loss: Loss, fisher: str, samples: int) -> Callable[..., Tree]:
     """``(a, y, key, result) -> Σ result(δ)`` over the δ that stand for H = Σ δ δᵀ."""
-    whole("samples", samples)
-    choice("fisher", fisher, FISHER)
-
-    def empirical(a: Tree, y: Tree, key: Array | None, result: Callable[[Tree], Tree]) -> Tree:
-        return result(loss.deltas(a, y))
 
     def sampled(a: Tree, y: Tree, key: Array | None, result: Callable[[Tree], Tree]) -> Tree:
         if key is None:
@@ -311,7 +338,7 @@ def _deltas(loss: Loss, fisher: str, samples: int) -> Callable[..., Tree]:
 
         return _sum_over(one, jnp.arange(math.prod(shape)))
 
-    return dict(zip(FISHER, (empirical, sampled, exact)))[fisher]
+    return sampled if fisher == "sampled" else exact
 
 
 def _stated(loss: Loss, what: str) -> Callable[..., Tree]:

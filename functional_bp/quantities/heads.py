@@ -11,7 +11,7 @@ from ..checks import ModelError
 from ..layer import Layer
 from ..layers.chains import chain
 from ..losses.definition import Loss
-from ..recursion import of_cost
+from ..recursion import cost_itself
 
 Tree = Any
 
@@ -22,7 +22,7 @@ def with_head(model: Layer, loss: Loss) -> tuple[Layer, Loss]:
     Raises:
       ModelError: for a loss with parameters that does not state them.
     """
-    if loss is of_cost:
+    if loss is cost_itself:
         raise ModelError(
             f"takes a model and a loss, got the cost {model.name}, which has no outputs, and by "
             "itself a Hessian of 0; bp.from_function makes a layer of the model"

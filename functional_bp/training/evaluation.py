@@ -13,8 +13,8 @@ from jax import Array
 
 from ..checks import ModelError, function, told
 from ..layer import Layer, place
-from ..losses.definition import Loss
-from ..recursion import Model, of_cost, paired, with_outputs
+from ..losses.definition import Loss, any_target
+from ..recursion import Model, cost_itself, paired, with_loss, with_outputs
 from .batches import Batches, Padded, each_epoch
 
 Tree = Any
@@ -75,11 +75,13 @@ def _added(
     """``(sums, params, x, y, weights) -> sums``: ({name: Σ w m}, Σ w) with a batch added.
 
     It is kept, so that a second evaluation of the same model does not compile."""
-    costs_and_outputs = with_outputs(model.inference(), loss)
+    model = model.inference()
+    cost = with_outputs(model, loss) if metrics else with_loss(model, loss)
 
     @jax.jit
     def added(sums: Tree, params: Tree, x: Tree, y: Tree, weights: Array) -> Tree:
-        (costs, a), _ = costs_and_outputs.forward(params, (x, y))
+        found, _ = cost.forward(params, (x, y))
+        costs, a = found if metrics else (found, None)
         values = {"loss": costs} | {name: metric(a, y) for name, metric in metrics}
         for name, value in values.items():
             if jnp.shape(value) != weights.shape:
@@ -114,7 +116,7 @@ class Targets:
         self.unseen: list[Tree] = []
 
     def add(self, x: Tree, y: Tree, usual: bool) -> None:
-        if self.loss is of_cost:
+        if self.loss.check is any_target:
             return
         if not usual:
             self.check()
@@ -145,7 +147,7 @@ def _has_ids(y: Tree) -> bool:
 
 def check_metrics(metrics: Any, loss: Loss) -> None:
     """Raises unless they are functions by name, or None; a cost has no outputs to measure."""
-    if metrics and loss is of_cost:
+    if metrics and loss is cost_itself:
         raise ModelError("metrics: takes None for a cost, which has no outputs")
     if not isinstance(metrics, Mapping | None):
         raise ModelError(f"metrics: takes a dict of functions by name, got {told(metrics)}")
