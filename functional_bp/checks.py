@@ -101,6 +101,14 @@ def floating(what: str, value: Any) -> Any:
     return value
 
 
+def scalar_cost(what: str, value: Any) -> Any:
+    """A scalar that has a gradient; ``what`` is whose it is, with an article."""
+    scalar = jax.tree.map(jnp.shape, value) == ()
+    if not scalar or not jnp.issubdtype(jnp.result_type(value), jnp.floating):
+        raise ModelError(f"takes {what} that is a scalar, floating-point, got {described(value)}")
+    return value
+
+
 def sequence(what: str, value: Any) -> Sequence[Any]:
     """A list or tuple."""
     if not isinstance(value, (list, tuple)):

@@ -656,7 +656,7 @@ def test_a_form_that_is_not_known_costs_time_alone(monkeypatch):
     for known in ("product", "look_up", "convolution"):
         monkeypatch.setattr(f"functional_bp.traced.routes.{known}", lambda equation: None)
     for known in ("called", "checkpointed", "scanned", "branches"):
-        monkeypatch.setattr(f"functional_bp.traced.plan.{known}", lambda equation: None)
+        monkeypatch.setattr(f"functional_bp.traced.planning.{known}", lambda equation: None)
     for name in ("rnn", "look-up, tied", "chosen"):
         apply, params, x, y = FUNCTIONS[name]
         norms = jax.jit(bp.per_example_grad_norms(bp.from_function(apply), LOSS))(params, x, y)
@@ -696,7 +696,7 @@ def raises(call, *words):
 def test_what_does_not_fit_is_said():
     params = drawn(w=(3, D))
     norms = bp.per_example_grad_norms
-    raises(lambda: norms(lambda p, x, y: p["w"] @ x)(params, VECTORS, Y), "cost", "real scalar")
+    raises(lambda: norms(lambda p, x, y: p["w"] @ x)(params, VECTORS, Y), "cost", "a scalar, floating-point")
     raises(lambda: norms(mlp, LOSS), "bp.from_function")
     raises(lambda: norms(None, None), "bp.from_function")
     whole = {"w": jnp.ones((3, D), int)}

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from ..checks import ModelError, described, function, text, told
+from ..checks import ModelError, described, function, scalar_cost, text, told
 from ..contractions import check_factors, contract_factors, is_factor, keep
 from ..docstrings import Equations, composed, stated
 from ..factors.factored import per_example
@@ -82,13 +82,7 @@ class Loss:
         """``value`` over a batch: ``(a, y) -> (batch,)``, or ``(params, a, y)``."""
 
         def scalar(*args: Tree) -> Array:
-            cost = self.value(*args)
-            scalar = jax.tree.map(jnp.shape, cost) == ()
-            if not scalar or not jnp.issubdtype(jnp.result_type(cost), jnp.floating):
-                raise ModelError(
-                    f"takes a value that is a scalar, floating-point, got {described(cost)}"
-                )
-            return cost
+            return scalar_cost("a value", self.value(*args))
 
         return self._batched(scalar)
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,14 +14,15 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from ..checks import ModelError, described, function, is_traced, text
+from ..checks import ModelError, described, function, is_traced, scalar_cost, text
 from ..contractions import Contraction, asks_layers, broadcast, contract_layer, is_contraction, keep
 from ..docstrings import explained
 from ..factors.factored import Factored
 from ..layer import Layer, batch_size, no_parameters, none_is_state, one_of, placed
 from .jaxprs import program_of
 from .parameters import factors_of
-from .plan import Plan, plan_of
+from .plan import Plan
+from .planning import plan_of
 from .run import run, static_values
 
 Tree = Any
@@ -83,27 +85,18 @@ def from_function(
 def from_cost(cost: Callable[..., Array]) -> Layer:
     """A layer from (x, y) to the costs, of ``cost(params, x, y) -> C`` for one example."""
 
+    @functools.wraps(cost)  # whether it takes a key is read from its signature
     def of_example(params: Tree, xy: Tree, **key: Array) -> Array:
-        return _scalar(cost(params, *xy, **key))
+        return scalar_cost("a cost", cost(params, *xy, **key))
 
-    of_example.__signature__ = inspect.signature(cost)  # type: ignore[attr-defined]
     return from_function(of_example, name=_name_of(cost))
-
-
-def _scalar(cost: Tree) -> Array:
-    scalar = jax.tree.map(jnp.shape, cost) == ()
-    if not scalar or not jnp.issubdtype(jnp.result_type(cost), jnp.floating):
-        raise ModelError(f"takes a cost that is a real scalar, got {described(cost)}")
-    return cost
 
 
 def _name_of(apply: Callable[..., Any]) -> str:
     return getattr(apply, "__name__", type(apply).__name__)
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["kept", "x"], meta_fields=["way", "plan"]
-)
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["kept", "x"], meta_fields=["way"])
 @dataclass(frozen=True)
 class Residuals:
     """What a forward pass leaves.
@@ -111,7 +104,7 @@ class Residuals:
     Attributes:
       kept: the arrays of the way back and of what was read, but for parameters, which are given
         again.
-      x: inputs and keys, where a plan ``splits``: the pass with taps is then run when their δ are
+      x: inputs and keys, where the plan finds them by a pass of its own: the taps are ``apart``
         asked for.
       way: how those arrays go together.
     """
@@ -119,7 +112,11 @@ class Residuals:
     kept: list[Array]
     x: Tree
     way: _Way
-    plan: Plan
+
+    @property
+    def plan(self) -> Plan:
+        """What was run."""
+        return self.way.plan
 
     @classmethod
     def of(cls, plan: Plan, leaves: list[Array], found: Tree, x: Tree) -> Residuals:
@@ -128,7 +125,7 @@ class Residuals:
         places = {id(leaf): i for i, leaf in enumerate(leaves)}
         given = tuple(places.get(id(array)) for array in arrays)
         kept = [array for array, place in zip(arrays, given) if place is None]
-        return cls(kept, x, _Way(plan, given, tree), plan)
+        return cls(kept, x, _Way(plan, given, tree))
 
     def found(self, leaves: list[Array]) -> Tree:
         """What ``of`` was given."""
@@ -173,7 +170,7 @@ class _Traced:
     def forward(self, params: Tree, x: Tree, key: Array | None = None) -> tuple[Tree, Tree]:
         keys, leaves = self.keys(x, key), jax.tree.leaves(params)
         plan, structure = self.plan(params, one_of(x), None if keys is None else one_of(keys))
-        if plan.splits:
+        if plan.taps_apart:
 
             def alone(leaves: list[Array], x: Tree) -> list[Array]:
                 return over_batch(plan, leaves, x, keys, None)[0]
@@ -204,7 +201,7 @@ class _Traced:
         @functools.cache
         def factors() -> list[Factored]:
             n = batch_size(dy)
-            if plan.splits:
+            if plan.taps_apart:
                 return factors_of(plan, leaves, *_met(residuals, leaves, dy_leaves, n), n)
             return factors_of(plan, leaves, read, deltas[0], n)
 
@@ -217,20 +214,21 @@ class _Traced:
         return dx, jax.tree.unflatten(jax.tree.structure(params), results)
 
     def plan(self, params: Tree, x: Tree, key: Array | None) -> tuple[Plan, Any]:
-        """The plan for arguments of these shapes, and the tree of the outputs."""
+        """The plan for arguments of these shapes, and the tree of the outputs. (Equations keep the
+        precision that they were traced under.)"""
         leaves, structure = jax.tree.flatten((params, x, key))
         shapes = tuple((leaf.shape, leaf.dtype) for leaf in leaves)
-        arguments = structure, shapes, jax.dtypes.canonicalize_dtype(float)
+        precision = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
+        arguments = structure, shapes, jax.dtypes.canonicalize_dtype(float), precision
         if arguments in self.plans:
             return self.plans[arguments]
         state = jax.tree.leaves(self.is_state(params))
         _check_parameters(params, state)
         with _told_of_one_example(x):
             jaxpr, outputs = jax.make_jaxpr(self.of_one, return_shape=True)(params, x, key)
-        program = program_of(jaxpr)
-        plan = plan_of(program, len(state), [not of_state for of_state in state])
+        plan = plan_of(program_of(jaxpr), len(state), [not of_state for of_state in state])
         found = plan, jax.tree.structure(outputs)
-        if not any(map(is_traced, program.constants.values())):  # which are good in this call alone
+        if not any(map(is_traced, plan.known.values())):  # which are good in this call alone
             self.plans[arguments] = found
         return found
 
@@ -302,19 +300,17 @@ def _check_parameters(params: Tree, state: list[bool]) -> None:
             )
 
 
-class _told_of_one_example:
+@contextlib.contextmanager
+def _told_of_one_example(x: Tree) -> Iterator[None]:
     """Says of an error in the user's function that it was called with ONE example."""
-
-    def __init__(self, x: Tree) -> None:
-        self.x = x
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
-        if isinstance(error, Exception) and not isinstance(error, ModelError):
-            error.add_note(
-                f"the function was called with ONE example, {described(self.x)}; one that takes a "
-                "batch can be called as lambda params, x: "
-                "f(params, jax.tree.map(lambda a: a[None], x))[0]"
-            )
+    try:
+        yield
+    except ModelError:
+        raise
+    except Exception as error:
+        error.add_note(
+            f"the function was called with ONE example, {described(x)}, of those on the first axis "
+            "of what was given; one that takes a batch can be called as lambda params, x: "
+            "f(params, jax.tree.map(lambda a: a[None], x))[0]"
+        )
+        raise

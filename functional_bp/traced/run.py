@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from .jaxprs import evaluated, reverse_alone
-from .plan import Block, Body, Choice, Instruction, Local, Plan, Ref, Static
+from .plan import Body, Choice, Instruction, Local, Loop, Plan, Ref, Remat, Static
 
 Value = Any
 Statics = dict[Static, Value]
@@ -53,8 +53,10 @@ def run(
         here = None if taps is None else [taps[i] for i in instruction.meetings]
         if isinstance(instruction, Choice):
             found, reads = _choice(instruction, value(instruction.index), statics, given, here)
-        elif isinstance(instruction, Block):
-            found, reads = _block(instruction, statics, given, here)
+        elif isinstance(instruction, Loop):
+            found, reads = _loop(instruction, statics, given, here)
+        elif isinstance(instruction, Remat):
+            found, reads = _remat(instruction, statics, given, here)
         else:
             found, reads = _instruction(body, instruction, given, here)
         values |= zip(instruction.outputs, found, strict=True)
@@ -166,32 +168,28 @@ def _choice(
     return found, reads
 
 
-def _block(
-    block: Block, statics: Statics, given: list[Value], taps: list[Array] | None
+def _remat(
+    remat: Remat, statics: Statics, given: list[Value], taps: list[Array] | None
 ) -> tuple[list[Value], list[Value]]:
-    if block.scan is not None:
-        return _loop(block, statics, given, taps)
-    used = {ref: statics[ref] for ref in block.body.statics}
+    used = {ref: statics[ref] for ref in remat.body.statics}
     places = list(used)
 
     def inside(
         used: list[Value], given: list[Value], taps: list[Array] | None
     ) -> tuple[list[Value], list[Value]]:
-        return run(block.body, dict(zip(places, used)), given, taps)
+        return run(remat.body, dict(zip(places, used)), given, taps)
 
-    assert block.again is not None
-    return block.again(inside)(list(used.values()), given, taps)
+    return remat.again(inside)(list(used.values()), given, taps)
 
 
 def _loop(
-    block: Block, statics: Statics, given: list[Value], taps: list[Array] | None
+    loop: Loop, statics: Statics, given: list[Value], taps: list[Array] | None
 ) -> tuple[list[Value], list[Value]]:
-    body, scan = block.body, block.scan
-    assert scan is not None
+    body, scan = loop.body, loop.scan
     around = {ref: statics[Static(ref.place, ref.mapped[:-1])] for ref in body.statics}
     turning = {ref: value for ref, value in around.items() if ref.mapped[-1]}
     same, begin, entries = (
-        [value for value, kind in zip(given, block.kinds) if kind == k] for k in range(3)
+        [value for value, kind in zip(given, loop.kinds) if kind == k] for k in range(3)
     )
 
     def turn(carried: list[Value], xs: Any) -> tuple[list[Value], Any]:
