@@ -30,7 +30,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from .checks import ModelError, described
-from .factors.combined import Stacked, Sum
+from .factors.combined import Stacked, Sum, as_stack
 from .factors.factored import Factored, Itself, Outer
 
 Tree = Any
@@ -93,9 +93,8 @@ def _by_layer(asks: Callable[..., Any], factor: Factored, *given: Array) -> Any:
     """``asks`` of the factors, for each layer apart where they are a stack's."""
     if isinstance(factor, Stacked):
         return lax.map(lambda each: _by_layer(asks, *each), (factor.layers, *given))
-    if isinstance(factor, Sum) and isinstance(factor.parts[0], Stacked):
-        uses = Sum(tuple(f.layers for f in factor.parts if isinstance(f, Stacked)))
-        return _by_layer(asks, Stacked(uses), *given)
+    if isinstance(factor, Sum) and any(isinstance(part, Stacked) for part in factor.parts):
+        return _by_layer(asks, as_stack(factor), *given)
     return asks(factor, *given)
 
 

@@ -130,6 +130,39 @@ def traced():
     return bp.from_function(apply, init=init, name="traced")
 
 
+def of_function(apply, **shapes):
+    """A layer of a function whose parameters have these shapes."""
+
+    def init(key, x):
+        keys = jax.random.split(key, len(shapes))
+        return {n: jax.random.normal(k, s, x.dtype) for (n, s), k in zip(shapes.items(), keys)}
+
+    return bp.from_function(apply, init=init)
+
+
+def _blocks(params, x):
+    left, right = params["w"][:, :2], params["w"][:, 2:]
+    return jnp.tanh(x @ left) + x @ right + x @ params["v"][1:, :2]
+
+
+def _convolved(params, x):
+    z = jax.lax.conv_general_dilated(x.T[None], params["w"], (1,), "SAME")  # (out, in, 2)
+    return jnp.tanh(z[0].T)
+
+
+def _decayed(params, x):
+    return x @ params["w"] + (params["w"] ** 2).sum() + jnp.exp(params["u"]).sum()
+
+
+# What only functions have: each is proven with the faults that are planted in its factors.
+OF_FUNCTIONS = {
+    "a kernel": (of_function(lambda p, x: jnp.tanh(x @ p["w"]), w=(4, 2)), POSITIONS),
+    "blocks": (of_function(_blocks, w=(4, 4), v=(5, 3)), POSITIONS),
+    "a convolution": (of_function(_convolved, w=(2, 4, 2)), POSITIONS),
+    "decayed": (of_function(_decayed, w=(4, 2), u=(2, 2)), POSITIONS),
+}
+
+
 RULES = {
     "dense": (bp.dense(4), VECTOR),
     "dense at positions": (bp.dense(4), POSITIONS),

@@ -9,11 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from layers import ACTIVATIONS, COMBINED, LAYERS, LOSSES, RULES, VECTOR
+from layers import ACTIVATIONS, COMBINED, LAYERS, LOSSES, OF_FUNCTIONS, RULES, VECTOR
 
 import functional_bp as bp
 from functional_bp.contractions import contract_factors, is_factor, keep
 from functional_bp.factors import Factored, Itself, Outer, Rows, Stacked, Sum, Summed
+from functional_bp.factors.along import Along
+from functional_bp.factors.arranged import Arranged, Part
+from functional_bp.factors.convolved import Convolved
 from functional_bp.testing import check_layer, check_model
 
 # ---- faults in rules --------------------------------------------------------------------------
@@ -223,17 +226,25 @@ MET_IN = {
     Rows: ["embedding"],
     Sum: ["tied"],
     Stacked: ["repeat"],
+    Arranged: ["a kernel"],
+    Part: ["blocks"],
+    Convolved: ["a convolution"],
+    Along: ["decayed"],
 }
 OWN = {
     (Factored, "each"),  # what every class must bring
     (Factored, "scaled"),
     (Factored, "as_outer"),  # None: few factors are outer products
+    (Arranged, "total"),  # a function's totals are autodiff's
+    (Part, "total"),
+    (Along, "total"),
 }
 
 
 def test_every_class_of_factors_and_every_method_is_in_the_lists():
     """A new class, or a method of one alone, has faults planted in it too."""
-    classes = {c for c in vars(bp.factors).values() if inspect.isclass(c)}
+    modules = [bp.factors, *(m for m in vars(bp.factors).values() if inspect.ismodule(m))]
+    classes = {c for m in modules for c in vars(m).values() if inspect.isclass(c)}
     assert set(MET_IN) == {c for c in classes if issubclass(c, Factored)}
     for kind in MET_IN:
         assert set(methods(kind)) <= set(METHODS), kind
@@ -246,7 +257,7 @@ def same(found, wanted):
 
 def prove(name):
     """The proof of a layer, and what its factors say of themselves that no contraction asks."""
-    layer, x = LAYERS[name]
+    layer, x = (LAYERS | OF_FUNCTIONS)[name]
     check_layer(layer, x)
     draw = np.random.default_rng(0)
 
@@ -263,6 +274,7 @@ def prove(name):
             each, outer = factor.each(), factor.as_outer()
             last = each.shape[-1] - 1
             same(factor.columns(last, 1).each(), each[..., last:])
+            same(factor.examples(1, 2).each(), each[1:])
             same(factor.second_moment(), (each**2).mean(0))  # a stack's is asked of its layers
             if outer is not None:
                 same(outer.each().reshape(each.shape), each)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from jax import lax
 
 import functional_bp as bp
-from functional_bp.factors.convolved import Convolution, Convolved
+from functional_bp.factors.convolved import Convolution, Convolved, as_patches
 from functional_bp.traced import jaxprs
 
 KEY = jax.random.key(0)
@@ -76,9 +76,11 @@ def not_followed(params, x):
     """A loop in which the gradient for every turn would be kept."""
 
     def step(h, x):
-        return jnp.tanh(jnp.sort(params["w"] * x[:3], axis=0)[0] + jnp.cumsum(params["w"])[0] * h)
+        h = h @ params["u"]  # which is, and is forgotten
+        rows = lax.dynamic_slice(params["w"], (jnp.argmax(x[:4]), 0), (2, 3))
+        return jnp.tanh(jnp.sort(rows * x[:3], axis=0)[0] + jnp.cumsum(params["w"])[0] * h)
 
-    return lax.scan(lambda h, x: (step(h, x), None), jnp.zeros(3), x)[0]
+    return lax.scan(lambda h, x: (step(h, x), None), params["h"], x)[0]
 
 
 def nested(params, x):
@@ -129,6 +131,10 @@ def experts(params, x):
 def attention(params, x):
     q, k, v = jnp.split(x @ params["w"], 3, axis=1)
     return jax.nn.softmax(q @ k.T) @ v
+
+
+def _stacked(params, x):
+    return lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x, params["w"])[0]
 
 
 VECTORS, SEQUENCES = normal(1, N, D), normal(2, N, T, D)
@@ -188,6 +194,33 @@ FUNCTIONS = {
         lambda p, x: x @ (2 * p["w"] - p["u"]) - x[:, :3] @ -p["v"],
         *(drawn(w=(D, 3), u=(D, 3), v=(3, 3)), SEQUENCES, YS),
     ),
+    "low rank, transposed": (
+        lambda p, x: (
+            (x @ jnp.einsum("ri,or->io", p["a"], p["b"]) + x @ (p["b"] @ p["a"]).T)
+            @ (p["c"].T @ p["c"])
+        ),
+        *(drawn(a=(2, D), b=(3, 2), c=(4, 3)), SEQUENCES, YS),
+    ),
+    "times numbers": (
+        lambda p, x: x @ (p["s"] * p["w"] / p["t"] - 0.5 * p["w"]) + x @ (p["w"] * p["r"]),
+        *(drawn(s=(), w=(D, 3), t=(1,), r=()), SEQUENCES, YS),
+    ),
+    "decayed": (
+        lambda p, x: x @ p["w"] + (0.1 * (p["w"] ** 2).sum() + jnp.linalg.norm(p["b"])) + p["b"],
+        *(drawn(w=(D, 3), b=(3,)), SEQUENCES, YS),
+    ),
+    "look-up, decayed": (
+        lambda p, ids: p["e"][ids] * (1 + p["s"]) + jnp.exp(p["e"]).mean() / p["s"],
+        *(drawn(e=(7, 3), s=()), IDS, YS),
+    ),
+    "stack, used whole": (
+        lambda p, x: _stacked(p, x) + 0.1 * (p["w"] ** 2).sum() + x @ p["w"].mean(0),
+        *(drawn(w=(2, D, D)), VECTORS, VECTORS),
+    ),
+    "stack, used whole before": (
+        lambda p, x: _stacked({"w": -2 * p["w"]}, x @ p["w"].mean(0)),
+        *(drawn(w=(2, D, D)), VECTORS, VECTORS),
+    ),
     "weight norm": (
         lambda p, x: x @ (p["g"] * p["v"] / jnp.linalg.norm(p["v"], axis=0)),
         *(drawn(g=(3,), v=(D, 3)), SEQUENCES, YS),
@@ -219,7 +252,7 @@ FUNCTIONS = {
     "checkpoints": (stack(jax.checkpoint), drawn(w=(3, D, D), b=(3, D), o=(D, 3)), VECTORS, Y),
     "counted": (counted, drawn(w=(3, D, D), o=(D, 3)), VECTORS, Y),
     "nested": (nested, drawn(w=(2, D, D), u=(3, D, D), o=(D, 3)), VECTORS, Y),
-    "not followed": (not_followed, drawn(w=(D, 3)), SEQUENCES, Y),
+    "not followed": (not_followed, drawn(w=(D, 3), u=(3, 3), h=(3,)), SEQUENCES, Y),
     "carried": (
         lambda p, x: lax.scan(
             lambda c, x: ((c[0], jnp.tanh(x @ c[0] + c[1])), c[1]), (p["w"], jnp.zeros(3)), x
@@ -252,6 +285,7 @@ FUNCTIONS = {
     ),
 }
 OFTEN = (
+    *("low rank, transposed", "times numbers", "decayed", "stack, used whole"),
     *("heads", "split", "tied, both ways", "weight norm", "look-up, tied", "lstm", "nested"),
     *(
         "difference",
@@ -348,7 +382,7 @@ def test_a_convolutions_patches_make_its_gradient(layout):
     a = jnp.asarray(normal(1, N, 1, 7, 6, 2))
     delta = jnp.asarray(normal(2, N, *jax.eval_shape(convolution, a[0], jnp.ones(kernel)).shape))
     factor = Convolved(a, delta, convolution)
-    each, patches = factor.each(), factor.as_patches()
+    each, patches = factor.each(), as_patches(factor)
     check_equal({"each": patches.each()}, {"each": each})
     check_equal({"total": factor.total()}, {"total": each.sum(0)})
     outer = factor.as_outer().each().reshape(each.shape)
@@ -423,6 +457,16 @@ def test_kronecker_factors_lie_as_the_parameter_does(fisher):
     columns = factors(bp.from_function(of_columns), flipped)
     wanted = {k: (pair.G, pair.A) if k != "b" else tuple(pair) for k, pair in rows.items()}
     check_equal({k: tuple(pair) for k, pair in columns.items()}, wanted)
+
+
+def test_kronecker_factors_of_a_product_of_kernels_are_those_of_two_layers():
+    params = drawn(w=(D, 2), v=(2, 3))
+
+    def factors(apply):
+        return bp.kronecker_factors(bp.from_function(apply), LOSS)(params, SEQUENCES, YS)
+
+    found = jax.jit(lambda: factors(lambda p, x: x @ (p["w"] @ p["v"])))()
+    check_equal(found, jax.jit(lambda: factors(lambda p, x: (x @ p["w"]) @ p["v"]))())
 
 
 @pytest.mark.parametrize("fisher", ["empirical", "exact"])
@@ -657,7 +701,8 @@ def test_a_form_that_is_not_known_costs_time_alone(monkeypatch):
         monkeypatch.setattr(f"functional_bp.traced.routes.{known}", lambda equation: None)
     for known in ("called", "checkpointed", "scanned", "branches"):
         monkeypatch.setattr(f"functional_bp.traced.planning.{known}", lambda equation: None)
-    for name in ("rnn", "look-up, tied", "chosen"):
+    monkeypatch.setattr("functional_bp.traced.parameters.move", lambda equation: None)
+    for name in ("rnn", "look-up, tied", "chosen", "split"):
         apply, params, x, y = FUNCTIONS[name]
         norms = jax.jit(bp.per_example_grad_norms(bp.from_function(apply), LOSS))(params, x, y)
         each = jax.jit(jax.vmap(jax.grad(cost_of(apply)), (None, 0, 0)))(params, x, y)
@@ -671,7 +716,7 @@ def test_a_form_that_is_not_known_costs_time_alone(monkeypatch):
 def test_explain_tells_how_each_parameter_meets_an_example():
     def apply(params, x):
         h = lax.scan(lambda h, x: (jnp.tanh(x @ params["w"] + h), None), params["h"], x)[0]
-        return (params["v"] / jnp.linalg.norm(params["v"])) @ h
+        return (params["v"] / jnp.linalg.norm(params["v"], axis=0)) @ h
 
     found = bp.explain(apply, drawn(w=(D, 4), h=(4,), v=(3, 4), u=(2,)), SEQUENCES)
     rows = {row.parameter.strip("[']"): row for row in found.rows}
@@ -682,6 +727,11 @@ def test_explain_tells_how_each_parameter_meets_an_example():
     assert any(what.startswith("div") for what in rows["v"].unknown)
     assert "multiplied out:" in str(found) and "norms ÷ step" in str(found)
     assert str(bp.explain(bp.from_function(apply), drawn(w=(D, 4), h=(4,), v=(3, 4)), SEQUENCES))
+
+
+def test_explain_tells_of_a_loop_that_is_not_followed_alone():
+    found = bp.explain(not_followed, *FUNCTIONS["not followed"][1:3])
+    assert all(row.meets == ("scan",) and row.unknown for row in found.rows)
 
 
 # ---- what bad input gets
@@ -696,7 +746,11 @@ def raises(call, *words):
 def test_what_does_not_fit_is_said():
     params = drawn(w=(3, D))
     norms = bp.per_example_grad_norms
-    raises(lambda: norms(lambda p, x, y: p["w"] @ x)(params, VECTORS, Y), "cost", "a scalar, floating-point")
+    raises(
+        lambda: norms(lambda p, x, y: p["w"] @ x)(params, VECTORS, Y),
+        "cost",
+        "a scalar, floating-point",
+    )
     raises(lambda: norms(mlp, LOSS), "bp.from_function")
     raises(lambda: norms(None, None), "bp.from_function")
     whole = {"w": jnp.ones((3, D), int)}

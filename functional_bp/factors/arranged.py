@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax
@@ -47,34 +48,37 @@ class Arranged(Factored):
         return self.factor.squared_norm()
 
     def inner(self, other: Factored) -> Array:
-        if self._as(other):
-            return self.factor.inner(other.factor)  # type: ignore[attr-defined]
+        if isinstance(other, Arranged) and other.moves == self.moves:
+            return self.factor.inner(other.factor)
         return super().inner(other)
 
     def gram(self, other: Factored) -> Array:
-        if self._as(other):
-            return self.factor.gram(other.factor)  # type: ignore[attr-defined]
+        if isinstance(other, Arranged) and other.moves == self.moves:
+            return self.factor.gram(other.factor)
         return super().gram(other)
 
     def dot(self, v: Array) -> Array:
         for (move, how), shape in reversed(list(zip(self.moves, self._shapes()))):
-            v = v.reshape(shape) if move == "reshape" else v.transpose(_inverse(how))
+            v = v.reshape(shape) if move == "reshape" else v.transpose(inverse(how))
         return self.factor.dot(v)
 
     def second_moment(self) -> Array:
         return self._moved(self.factor.second_moment())
 
+    def examples(self, first: Array | int, count: int) -> Arranged:
+        return Arranged(self.factor.examples(first, count), self.moves)
+
     @property
     def rows_are_inputs(self) -> bool:
-        return self._lies() != self.factor.rows_are_inputs
+        return self._is_transposed() != self.factor.rows_are_inputs
 
     def as_outer(self) -> Outer | None:
-        outer, transposed = self.factor.as_outer(), self._lies()
+        outer, transposed = self.factor.as_outer(), self._is_transposed()
         if outer is None or transposed is None:
             return None
         return Outer(outer.v, outer.u) if transposed else outer
 
-    def _lies(self) -> bool | None:
+    def _is_transposed(self) -> bool | None:
         """Whether the parameter, as a matrix, is the transpose of the factor's; None if neither."""
         rows, *rest = jax.eval_shape(self.factor.each).shape[1:]
         shape, order = (rows, *rest), tuple(range(1 + len(rest)))
@@ -93,9 +97,6 @@ class Arranged(Factored):
         swapped = (*range(split, len(shape)), *range(split))
         return True if order == swapped else None
 
-    def _as(self, other: Factored) -> bool:
-        return isinstance(other, Arranged) and other.moves == self.moves
-
     def _moved(self, array: Array) -> Array:
         for move, how in self.moves:
             array = array.reshape(how) if move == "reshape" else array.transpose(how)
@@ -111,7 +112,8 @@ class Arranged(Factored):
         return shapes
 
 
-def _inverse(permutation: tuple[int, ...]) -> tuple[int, ...]:
+def inverse(permutation: Sequence[int]) -> tuple[int, ...]:
+    """The permutation that undoes another."""
     return tuple(sorted(range(len(permutation)), key=permutation.__getitem__))
 
 
@@ -126,7 +128,12 @@ def transposed(factor: Factored, permutation: tuple[int, ...]) -> Factored:
 
 
 def _moved_on(factor: Factored, move: str, how: tuple[int, ...]) -> Factored:
-    """One more move, if it is not undone by or one with the last."""
+    """One more move, if it is not undone by or one with the last. What moves nothing between the
+    layers of a stack is a move in each."""
+    first = 0 if move == "transpose" else getattr(factor, "count", None)
+    if isinstance(factor, Stacked) and how[:1] == (first,):
+        within = how[1:] if move == "reshape" else tuple(axis - 1 for axis in how[1:])
+        return Stacked(jax.vmap(lambda f: _moved_on(f, move, within))(factor.layers))
     inner, moves = (factor.factor, factor.moves) if isinstance(factor, Arranged) else (factor, ())
     if moves and moves[-1][0] == move:
         last = moves[-1][1]
@@ -186,6 +193,9 @@ class Part(Factored):
 
     def second_moment(self) -> Array:
         return self._placed(self.factor.second_moment())
+
+    def examples(self, first: Array | int, count: int) -> Part:
+        return Part(self.factor.examples(first, count), self.starts, self.shape)
 
     def _placed(self, block: Array) -> Array:
         ends = (t - e for t, (_, e) in zip(self.shape, self._block(), strict=True))

@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from .factored import Factored, Outer
+from .along import Along
+from .factored import Factored, Itself, Outer
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["parts"], meta_fields=[])
@@ -33,10 +34,10 @@ class Sum(Factored):
         return sum(f.total() for f in self.parts)  # type: ignore[return-value]
 
     def inner(self, other: Factored) -> Array:
-        return sum(f.inner(g) for f, g in self._pairs(other))  # type: ignore[return-value]
+        return sum(_inner(f, g) for f, g in self._pairs(other))  # type: ignore[return-value]
 
     def gram(self, other: Factored) -> Array:
-        return sum(f.gram(g) for f, g in self._pairs(other))  # type: ignore[return-value]
+        return sum(_gram(f, g) for f, g in self._pairs(other))  # type: ignore[return-value]
 
     def dot(self, v: Array) -> Array:
         return sum(f.dot(v) for f in self.parts)  # type: ignore[return-value]
@@ -49,6 +50,9 @@ class Sum(Factored):
 
     def columns(self, first: Array | int, count: int) -> Sum:
         return Sum(tuple(f.columns(first, count) for f in self.parts))
+
+    def examples(self, first: Array | int, count: int) -> Sum:
+        return Sum(tuple(f.examples(first, count) for f in self.parts))
 
     @property
     def rows_are_inputs(self) -> bool:
@@ -68,6 +72,14 @@ class Sum(Factored):
         return [(f, g) for f in self.parts for g in others]
 
 
+def _inner(f: Factored, g: Factored) -> Array:
+    return g.inner(f) if isinstance(g, (Along, Stacked)) else f.inner(g)
+
+
+def _gram(f: Factored, g: Factored) -> Array:
+    return g.gram(f).T if isinstance(g, (Along, Stacked)) else f.gram(g)
+
+
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["layers"], meta_fields=[])
 @dataclass(frozen=True)
 class Stacked(Factored):
@@ -75,6 +87,11 @@ class Stacked(Factored):
     its first axis and the examples on its second; the parameter is ``(layers, *parameter)``."""
 
     layers: Factored
+
+    @property
+    def count(self) -> int:
+        """How many layers there are."""
+        return len(jax.tree.leaves(self)[0])
 
     def each(self) -> Array:
         return jax.vmap(lambda f: f.each(), out_axes=1)(self.layers)
@@ -97,7 +114,20 @@ class Stacked(Factored):
     def second_moment(self) -> Array:
         return lax.map(lambda f: f.second_moment(), self.layers)
 
+    def examples(self, first: Array | int, count: int) -> Stacked:
+        return Stacked(jax.vmap(lambda f: f.examples(first, count))(self.layers))
+
     def _sum(self, pair: Callable[[Factored, Factored], Array], other: Factored) -> Array:
-        if not isinstance(other, Stacked):
-            raise TypeError(f"a stacked gradient meets another of the same stack, not {other}")
-        return lax.map(lambda fg: pair(*fg), (self.layers, other.layers)).sum(0)
+        return lax.map(lambda fg: pair(*fg), (self.layers, as_stack(other).layers)).sum(0)
+
+
+def as_stack(factor: Factored) -> Stacked:
+    """The gradients of a parameter ``(layers, *parameter)``, layer by layer, of whatever kind."""
+    if isinstance(factor, Stacked):
+        return factor
+    if isinstance(factor, Sum):
+        return Stacked(Sum(tuple(as_stack(part).layers for part in factor.parts)))
+    if isinstance(factor, Along):
+        c = jnp.broadcast_to(factor.c, (len(factor.direction), *factor.c.shape))
+        return Stacked(Along(c, factor.direction))
+    return Stacked(Itself(jnp.moveaxis(factor.each(), 1, 0)))

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from .arranged import reshaped, transposed
+from .arranged import inverse, reshaped, transposed
 from .factored import Factored, Outer, accumulator, einsum, per_example
 
 
@@ -92,7 +92,7 @@ class Convolved(Factored):
         positions = math.prod(self.delta.shape[1:]) // outputs
         if positions * (outputs + columns) > outputs * columns:
             return None
-        f, g = self.as_patches(), other.as_patches()
+        f, g = as_patches(self), as_patches(other)
         return None if f is None or g is None else (f, f if other is self else g)
 
     def dot(self, v: Array) -> Array:
@@ -103,46 +103,46 @@ class Convolved(Factored):
         return jax.vmap(of_one)(self.a, self.delta)
 
     def as_outer(self) -> Outer | None:
-        patches = self.as_patches()
+        patches = as_patches(self)
         return None if patches is None else patches.as_outer()
 
     @property
     def rows_are_inputs(self) -> bool:
         return self.convolution.numbers.rhs_spec[0] > 0
 
-    def as_patches(self) -> Factored | None:
-        """An ``Outer`` of δ and patches; None where features are convolved in groups."""
-        convolution, options = self.convolution, dict(self.convolution.options)
-        if options["feature_group_count"] != 1:
-            return None
-        numbers = convolution.numbers
-        outputs, inputs, *space = numbers.rhs_spec
-        window = [convolution.kernel[axis] for axis in space]
-        names = ("padding", "lhs_dilation", "rhs_dilation", "dimension_numbers")
 
-        def of_one(a: Array) -> Array:
-            """(batch, features in, *window, *positions)."""
-            patches = lax.conv_general_dilated_patches(
-                a, window, options["window_strides"], **{name: options[name] for name in names}
-            )
-            patches = patches.transpose(numbers.out_spec)
-            return patches.reshape(
-                len(patches), convolution.kernel[inputs], *window, *patches.shape[2:]
-            )
+def as_patches(f: Convolved) -> Factored | None:
+    """An ``Outer`` of δ and patches; None where features are convolved in groups."""
+    convolution, options = f.convolution, dict(f.convolution.options)
+    if options["feature_group_count"] != 1:
+        return None
+    numbers = convolution.numbers
+    outputs, inputs, *space = numbers.rhs_spec
+    window = [convolution.kernel[axis] for axis in space]
+    names = ("padding", "lhs_dilation", "rhs_dilation", "dimension_numbers")
 
-        v = jax.vmap(of_one)(self.a)
-        # Columns lie as they do in the kernel, positions before them.
-        order = sorted((inputs, *space))
-        columns = [2 + (inputs, *space).index(axis) for axis in order]
-        v = v.transpose((0, 1, *range(3 + len(space), v.ndim), *columns))
-        batch, features, *positions = (1 + axis for axis in numbers.out_spec)
-        u = self.delta.transpose((0, batch, *positions, features))
-        sizes = [convolution.kernel[axis] for axis in order]
-        n, rows = len(u), u.shape[-1]
-        f = Outer(u.reshape(n, -1, rows), v.reshape(n, -1, math.prod(sizes)))
-        lying = reshaped(f, (rows, *sizes))
-        places = (outputs, *order)
-        return transposed(lying, tuple(sorted(range(len(places)), key=places.__getitem__)))
+    def of_one(a: Array) -> Array:
+        """(batch, features in, *window, *positions)."""
+        patches = lax.conv_general_dilated_patches(
+            a, window, options["window_strides"], **{name: options[name] for name in names}
+        )
+        patches = patches.transpose(numbers.out_spec)
+        return patches.reshape(
+            len(patches), convolution.kernel[inputs], *window, *patches.shape[2:]
+        )
+
+    v = jax.vmap(of_one)(f.a)
+    # Columns lie as they do in the kernel, positions before them.
+    order = sorted((inputs, *space))
+    columns = [2 + (inputs, *space).index(axis) for axis in order]
+    v = v.transpose((0, 1, *range(3 + len(space), v.ndim), *columns))
+    batch, features, *positions = (1 + axis for axis in numbers.out_spec)
+    u = f.delta.transpose((0, batch, *positions, features))
+    sizes = [convolution.kernel[axis] for axis in order]
+    n, rows = len(u), u.shape[-1]
+    outer = Outer(u.reshape(n, -1, rows), v.reshape(n, -1, math.prod(sizes)))
+    lying = reshaped(outer, (rows, *sizes))
+    return transposed(lying, inverse((outputs, *order)))
 
 
 def _one_batch(array: Array, axis: int) -> Array:

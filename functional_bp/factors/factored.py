@@ -102,6 +102,10 @@ class Factored:
         """The factors of ``count`` columns, entries of the parameter's last axis."""
         return Itself(block_of(self.each(), first, count, -1))
 
+    def examples(self, first: Array | int, count: int) -> Factored:
+        """The factors of ``count`` examples."""
+        return block_of(self, first, count, 0)
+
     def as_outer(self) -> Outer | None:
         """The same gradients as one ``Outer`` with its positions on one axis, a vector being a
         matrix of one column; None where they are not that."""
@@ -162,10 +166,10 @@ def summed_blocks(block: Block, length: int, size: int) -> Array:
 
 def map_blocks(function: Callable[[Any], Array], f: Factored, intermediate: int) -> Array:
     """``function(f)``, ``(n, …)``, for a few examples at a time."""
-    n = jax.tree.leaves(f)[0].shape[0]
+    n = jax.eval_shape(f.each).shape[0]
 
     def block(start: Array | int, size: int) -> Array:
-        return function(block_of(f, start, size, 0))
+        return function(f.examples(start, size))
 
     return joined_blocks(block, n, block_size(n, f, intermediate))
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import jax
 
-from ..checks import ModelError, abstract, arrays_of, told
-from ..checks import function as function_
+from ..checks import ModelError, abstract, arrays_of, function, told
+from ..factors.along import Along
 from ..factors.arranged import Arranged, Part
 from ..factors.combined import Stacked, Sum
 from ..factors.convolved import Convolved
@@ -18,8 +18,8 @@ from ..factors.factored import Factored, Outer
 from ..factors.rows import Rows
 from ..layer import Layer, batch_size, place
 from .function import Residuals, from_cost, from_function, over_batch, taps_of
-from .parameters import factors_of, is_moved
-from .plan import Meeting, Plan
+from .parameters import factors_of
+from .plan import Meeting, Plan, Step
 
 Tree = Any
 
@@ -69,7 +69,7 @@ class Explanation:
 
 
 def explain(
-    function: Layer | Callable[..., Tree], params: Tree, x: Tree, y: Tree = None
+    model: Layer | Callable[..., Tree], params: Tree, x: Tree, y: Tree = None
 ) -> Explanation:
     """How each parameter meets an example, what its gradients are kept as, and what that costs.
 
@@ -77,7 +77,7 @@ def explain(
     traced.
 
     Args:
-      function: a layer of ``bp.from_function`` and its like, or the function ``apply(params, x)``
+      model: a layer of ``bp.from_function`` and its like, or the function ``apply(params, x)``
         that such a layer is made of, or a cost ``(params, x, y) -> C``.
       params: the parameters, or their shapes and dtypes.
       x, y: a batch, y for a cost alone. The examples are on the first axis.
@@ -93,7 +93,7 @@ def explain(
       [("['b']", ('add',), 'itself'), ("['w']", ('matrix product',), 'δ aᵀ')]
     """
     arrays_of("explain: params", params)
-    layer, x = _layer_of(function, x, y)
+    layer, x = _layer_of(model, x, y)
     with place("explain: x:"):
         n = batch_size(x)
     residuals = jax.eval_shape(lambda params, x: layer.forward(params, x)[1], params, x)
@@ -101,18 +101,19 @@ def explain(
         raise ModelError(f"explain: takes a layer of bp.from_function or a function, got {layer}")
     plan = residuals.plan
     meetings = plan.body.meetings
-    leaves = jax.tree.leaves(params)
+    leaves, multiplied_out = jax.tree.leaves(params), list[Step]()
 
     def factors(leaves: list[Any], x: Tree) -> list[Factored]:
         taps = taps_of(plan, n)  # which are of the shapes of δ
-        return factors_of(plan, leaves, over_batch(plan, leaves, x, None, taps)[1], taps, n)
+        read = over_batch(plan, leaves, x, None, taps)[1]
+        return factors_of(plan, leaves, read, taps, n, multiplied_out)
 
     found = jax.eval_shape(factors, leaves, x)
     step = 3 * sum(_of_meeting(meeting) for meeting in meetings)
     paths = [jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(params)]
     rows = []
     for i, (path, leaf, factor) in enumerate(zip(paths, leaves, found, strict=True)):
-        theirs, unknown = _met_by(plan, i)
+        theirs, unknown = _met_by(plan, i, multiplied_out)
         rows.append(
             Row(
                 parameter=path,
@@ -127,22 +128,24 @@ def explain(
     return Explanation(tuple(rows))
 
 
-def _layer_of(function: Any, x: Tree, y: Tree) -> tuple[Layer, Tree]:
-    if not isinstance(function, Layer):
-        function_("explain: function", function)
-        return (from_function(function), x) if y is None else (from_cost(function), (x, y))
+def _layer_of(model: Any, x: Tree, y: Tree) -> tuple[Layer, Tree]:
+    if not isinstance(model, Layer):
+        function("explain: model", model)
+        return (from_function(model), x) if y is None else (from_cost(model), (x, y))
     if y is not None:
-        raise ModelError(f"explain: takes y for a cost, got the layer {function} and {told(y)}")
-    return function, x
+        raise ModelError(f"explain: takes y for a cost, got the layer {model} and {told(y)}")
+    return model, x
 
 
-def _met_by(plan: Plan, leaf: int) -> tuple[list[Meeting], tuple[str, ...]]:
+def _met_by(
+    plan: Plan, leaf: int, multiplied_out: list[Step]
+) -> tuple[list[Meeting], tuple[str, ...]]:
     """A parameter's meetings, and the steps to them that multiply its gradients out."""
     reached, unknown = {leaf}, []
     for step in plan.steps:
         if reached & set(step.inputs):
             reached |= {made for made in step.outputs if plan.learned[made]}
-            if not is_moved(step) and any(plan.learned[made] for made in step.outputs):
+            if step in multiplied_out:
                 unknown.append(f"{step.equation.primitive.name}, {step.source}")
     theirs = [meeting for meeting in plan.body.meetings if meeting.static.place in reached]
     unknown += [f"{m.operation}, {m.source}" for m in theirs if m.is_unknown]
@@ -164,13 +167,19 @@ def _kept(factor: Factored) -> str:
     if isinstance(factor, (Arranged, Part)):
         return _kept(factor.factor)
     if isinstance(factor, Stacked):
-        return f"a stack of {len(jax.tree.leaves(factor)[0])}: {_kept(factor.layers)}"
+        return f"a stack of {factor.count}: {_kept(_of_a_layer(factor))}"
     if isinstance(factor, Outer):
         positions = math.prod(factor.u.shape[1:-1])
         return "δ aᵀ" if positions == 1 else f"Σ δ aᵀ over {positions:,}"
     if isinstance(factor, Rows):
         return f"{math.prod(factor.ids.shape[1:]):,} rows of {factor.rows:,}"
+    if isinstance(factor, Along):
+        return "a number, along one direction"
     return "δ and patches" if isinstance(factor, Convolved) else "itself"
+
+
+def _of_a_layer(stack: Stacked) -> Factored:
+    return jax.tree.map(lambda leaf: abstract(leaf.shape[1:], leaf.dtype), stack.layers)
 
 
 def _of_norms(factor: Factored) -> float:
@@ -180,9 +189,7 @@ def _of_norms(factor: Factored) -> float:
     if isinstance(factor, (Arranged, Part)):
         return _of_norms(factor.factor)
     if isinstance(factor, Stacked):
-        layers = len(jax.tree.leaves(factor)[0])
-        one = jax.tree.map(lambda leaf: abstract(leaf.shape[1:], leaf.dtype), factor.layers)
-        return layers * _of_norms(one)
+        return factor.count * _of_norms(_of_a_layer(factor))
     if isinstance(factor, Outer):
         t, o, i = math.prod(factor.u.shape[1:-1]), factor.u.shape[-1], factor.v.shape[-1]
         return min(t * t * (o + i), t * o * i) if t > 1 else o + i
@@ -192,6 +199,8 @@ def _of_norms(factor: Factored) -> float:
         kernel, outputs = math.prod(factor.convolution.kernel), factor.convolution.outputs
         positions = math.prod(factor.delta.shape[1:]) // outputs
         return min(positions**2 * (outputs + kernel // outputs), positions * kernel)
+    if isinstance(factor, Along):
+        return math.prod(factor.direction.shape)
     return math.prod(jax.tree.leaves(factor)[0].shape[1:])
 
 

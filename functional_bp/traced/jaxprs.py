@@ -202,6 +202,28 @@ def convolution(equation: Equation) -> dict[str, Any] | None:
     return options | {"dimension_numbers": params["dimension_numbers"]}
 
 
+# ---- what becomes of parameters before
+
+_MOVES: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("reshape", "squeeze", "convert_element_type", "reduce_precision", "copy"), ()),
+    **dict.fromkeys(("add", "add_any", "sub", "neg", "mul", "div"), ()),
+    "transpose": ("permutation",),
+    "broadcast_in_dim": ("broadcast_dimensions",),
+    "slice": ("start_indices", "strides"),
+    "split": ("sizes", "axis"),
+    "concatenate": ("dimension",),
+    "dot_general": ("dimension_numbers",),
+}
+
+
+def move(equation: Equation) -> tuple[str, dict[str, Any]] | None:
+    """An operation that factors may go through: its name, and what it is told."""
+    name, params = equation.primitive.name, equation.params
+    if name not in _MOVES or not set(_MOVES[name]) <= params.keys():
+        return None
+    return name, {told: params[told] for told in _MOVES[name]}
+
+
 # ---- where in the user's source
 
 

@@ -1,30 +1,43 @@
 """From where parameters meet examples back to the parameters: factors through static steps.
 
-A step that only moves numbers moves the factors' instead. Through any other step goes each
-example's gradient itself, by the step's own derivative, as in ``vmap(jax.grad)``.
+A step that moves numbers moves the factors' instead; a product of parameters, or a parameter times
+a number, goes into the factors as well. Through any other step goes each example's gradient
+itself, by the step's own derivative, as in ``vmap(jax.grad)``; but where all of it comes through
+one number, as in a weight decay, one gradient for all examples.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from ..factors.arranged import Part, block, reshaped, transposed
+from ..factors.along import Along
+from ..factors.arranged import Part, block, inverse, reshaped, transposed
 from ..factors.combined import Sum
-from ..factors.factored import Factored, Itself, Outer, accumulator
+from ..factors.factored import Factored, Itself, Outer, accumulator, einsum
+from .jaxprs import move
 from .plan import Meeting, Plan, Step
 from .run import static_values
 
 Value = Any
+Passed = list[tuple[int, Factored]]
+"""Factors of static values, each with the value's place."""
 
 
 def factors_of(
-    plan: Plan, leaves: Sequence[Array], read: Sequence[Value], deltas: Sequence[Array], n: int
+    plan: Plan,
+    leaves: Sequence[Array],
+    read: Sequence[Value],
+    deltas: Sequence[Array],
+    n: int,
+    multiplied_out: list[Step] | None = None,
 ) -> list[Factored]:
     """The factored gradient of each parameter.
 
@@ -32,6 +45,7 @@ def factors_of(
       leaves: the parameters.
       read, deltas: at each meeting the activation that its route reads, and δ.
       n: the number of examples.
+      multiplied_out: gets the steps through which the factors grew.
     """
     values = static_values(plan, leaves)
     factors: dict[int, list[Factored]] = {}
@@ -41,7 +55,11 @@ def factors_of(
         given = [_sum(factors.pop(place, [])) for place in step.outputs]
         if all(factor is None for factor in given):
             continue
-        for place, factor in _through(plan, step, values, given):
+        passed = _back(plan, step, values, given)
+        grew = any(isinstance(f, Itself) and _size(f) > _size(given) for _, f in passed)
+        if multiplied_out is not None and grew:
+            multiplied_out.append(step)
+        for place, factor in passed:
             factors.setdefault(place, []).append(factor)
     found = [_sum(factors.get(place, [])) for place in range(plan.leaves)]
     return [
@@ -68,165 +86,266 @@ def _nothing(leaf: Array, n: int) -> Factored:
     return reshaped(flat, leaf.shape)
 
 
-def _sum(factors: list[Factored]) -> Factored | None:
-    if not factors:
-        return None
-    parts = [p for f in factors for p in (f.parts if isinstance(f, Sum) else (f,))]
-    return parts[0] if len(parts) == 1 else Sum(tuple(parts))
+def _parts(factor: Factored | None) -> tuple[Factored, ...]:
+    if factor is None:
+        return ()
+    return factor.parts if isinstance(factor, Sum) else (factor,)
 
 
-def _through(
+def _sum(factors: Sequence[Factored]) -> Factored | None:
+    """One factor; what is multiplied out already is added up."""
+    parts = [part for factor in factors for part in _parts(factor)]
+    out = [part.g for part in parts if _is_multiplied_out(part)]  # type: ignore[attr-defined]
+    if len(out) > 1:
+        parts = [part for part in parts if not _is_multiplied_out(part)]
+        parts.append(Itself(functools.reduce(jnp.add, out)))
+    return Sum(tuple(parts)) if len(parts) > 1 else next(iter(parts), None)
+
+
+def _is_multiplied_out(factor: Factored) -> bool:
+    return isinstance(factor, Itself) and factor.g.ndim > 2
+
+
+def _size(factors: Any) -> int:
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(factors))
+
+
+def _back(
     plan: Plan, step: Step, values: Sequence[Value], given: Sequence[Factored | None]
-) -> list[tuple[int, Factored]]:
+) -> Passed:
     """The factors of a step's inputs, from those of its outputs."""
-    if step.equation.primitive.name == "split" and len(step.maps) == 0:
-        return _joined(plan, step, given)
-    move = MOVES.get(step.equation.primitive.name)
-    (factor,) = given if len(given) == 1 else (None,)
-    if move is not None and factor is not None and len(step.maps) <= 1:
-        parts = factor.parts if isinstance(factor, Sum) else (factor,)
-        moved = [move(plan, step, part) for part in parts]
-        if None not in moved:
-            return [pair for pairs in moved if pairs is not None for pair in pairs]
-    return _by_derivative(plan, step, values, given)
+    known = move(step.equation)
+    name, told = known or ("", {})
+    at = _At(plan, step, values, told)
+    if name == "split" and not step.maps:
+        return _joined(at, given)
+    if len(given) > 1 or len(step.maps) > 1:
+        return at.by_derivative(given)
+    passed: Passed = []
+    others: list[Factored] = []
+    for part in _parts(given[0]):
+        moved = None if isinstance(part, Along) or name not in MOVES else MOVES[name](at, part)
+        if moved is not None:
+            passed += moved
+        elif _along(part) is not None:
+            passed += at.by_derivative([part])
+        else:
+            others.append(part)
+    return passed + at.by_derivative([_sum(others)]) if others else passed
 
 
-def is_moved(step: Step) -> bool:
-    """Whether a step's factors follow from moving numbers."""
-    return step.equation.primitive.name in (*MOVES, "split")
+@dataclass(frozen=True)
+class _At:
+    """A static step, among the values of its plan.
+
+    Attributes:
+      told: what its operation is told.
+    """
+
+    plan: Plan
+    step: Step
+    values: Sequence[Value]
+    told: dict[str, Any]
+
+    def by_derivative(self, given: Sequence[Factored | None]) -> Passed:
+        """By the vector–Jacobian product of the step, for each example's gradient; for one of all
+        examples, if they differ by a number alone."""
+        learned = self.learned
+        inputs = [self.values[place] for place in self.step.inputs]
+
+        def outputs(*trained: Value) -> list[Value]:
+            every = list(inputs)
+            for i, value in zip(learned, trained, strict=True):
+                every[i] = value
+            found = self.step(*every)
+            return [y for y, factor in zip(found, given, strict=True) if factor is not None]
+
+        primals, pull = jax.vjp(outputs, *(inputs[i] for i in learned))
+        factors = [factor for factor in given if factor is not None]
+        along = _along(factors[0]) if len(factors) == 1 else None
+        found: list[Factored]
+        if along is None:
+            each = [f.each().astype(y.dtype) for f, y in zip(factors, primals, strict=True)]
+            found = list(map(Itself, jax.vmap(pull)(each)))
+        else:
+            gradients = pull([along.direction.astype(primals[0].dtype)])
+            found = [Along(along.c, gradient) for gradient in gradients]
+        return [(self.step.inputs[i], f) for i, f in zip(learned, found, strict=True)]
+
+    @property
+    def learned(self) -> list[int]:
+        """Which inputs are made of parameters."""
+        return [i for i, place in enumerate(self.step.inputs) if self.plan.learned[place]]
+
+    @property
+    def loops(self) -> int:
+        """Over how many loops there is an entry for each turn, on the first axes."""
+        return len(self.step.maps)
+
+    def shape(self, i: int) -> tuple[int, ...]:
+        """Of an input."""
+        return tuple(self.plan.shapes[self.step.inputs[i]].shape)
+
+    @property
+    def output_shape(self) -> tuple[int, ...]:
+        """Of the only output."""
+        return tuple(self.plan.shapes[self.step.outputs[0]].shape)
+
+    def value(self, i: int) -> Value:
+        """Of an input."""
+        return self.values[self.step.inputs[i]]
+
+    def number(self, i: int) -> int | None:
+        """The place of the number that an input is, or was broadcast from; None if it is none."""
+        place = self.step.inputs[i]
+        for step in reversed(self.plan.steps):
+            if place in step.outputs and step.equation.primitive.name == "broadcast_in_dim":
+                place = step.inputs[0]
+        return place if math.prod(self.plan.shapes[place].shape) == 1 else None
 
 
-def _by_derivative(
-    plan: Plan, step: Step, values: Sequence[Value], given: Sequence[Factored | None]
-) -> list[tuple[int, Factored]]:
-    learned = [i for i, place in enumerate(step.inputs) if plan.learned[place]]
-    inputs = [values[place] for place in step.inputs]
-
-    def outputs(*trained: Value) -> list[Value]:
-        every = list(inputs)
-        for i, value in zip(learned, trained, strict=True):
-            every[i] = value
-        found = step(*every)
-        return [y for y, factor in zip(found, given, strict=True) if factor is not None]
-
-    primals, pull = jax.vjp(outputs, *(inputs[i] for i in learned))
-    factors = [factor for factor in given if factor is not None]
-    each = [f.each().astype(y.dtype) for f, y in zip(factors, primals, strict=True)]
-    gradients = jax.vmap(pull)(each)
-    return [(step.inputs[i], Itself(g)) for i, g in zip(learned, gradients, strict=True)]
+def _along(factor: Factored) -> Along | None:
+    """A gradient that is a number for each example, times a direction."""
+    if isinstance(factor, Itself) and factor.g.ndim == 1:
+        return Along(factor.g, jnp.ones((), factor.g.dtype))
+    return factor if isinstance(factor, Along) else None
 
 
-# ---- steps that only move numbers
-
-Moved = Callable[[Plan, Step, Factored], "list[tuple[int, Factored]] | None"]
+# ---- steps that factors go through: each gives None where they do not
 
 
-def _shape(plan: Plan, place: int) -> tuple[int, ...]:
-    return tuple(plan.shapes[place].shape)
+def _same(at: _At, factor: Factored) -> Passed | None:
+    return [(at.step.inputs[0], factor)]
 
 
-def _same(plan: Plan, step: Step, factor: Factored) -> list[tuple[int, Factored]] | None:
-    return [(step.inputs[0], factor)]
+def _reshaped(at: _At, factor: Factored) -> Passed | None:
+    return [(at.step.inputs[0], reshaped(factor, at.shape(0)))]
 
 
-def _reshaped(plan: Plan, step: Step, factor: Factored) -> list[tuple[int, Factored]] | None:
-    return [(step.inputs[0], reshaped(factor, _shape(plan, step.inputs[0])))]
+def _transposed(at: _At, factor: Factored) -> Passed | None:
+    back = inverse(at.told["permutation"])
+    order = (*range(at.loops), *(at.loops + axis for axis in back))
+    return [(at.step.inputs[0], transposed(factor, order))]
 
 
-def _transposed(plan: Plan, step: Step, factor: Factored) -> list[tuple[int, Factored]] | None:
-    permutation = step.equation.params["permutation"]
-    back = sorted(range(len(permutation)), key=permutation.__getitem__)
-    kept = len(step.maps)
-    return [(step.inputs[0], transposed(factor, (*range(kept), *(kept + i for i in back))))]
+def _broadcast(at: _At, factor: Factored) -> Passed | None:
+    """A sum over the new axes; nothing is summed where they are of one entry."""
+    inside, kept = at.shape(0), tuple(at.told["broadcast_dimensions"])
+    fits = math.prod(inside) == math.prod(at.output_shape) and kept == tuple(sorted(kept))
+    return _reshaped(at, factor) if fits else None
 
 
-def _added(plan: Plan, step: Step, factor: Factored) -> list[tuple[int, Factored]] | None:
-    shape = _shape(plan, step.outputs[0])
-    places = [place for place in step.inputs if plan.learned[place]]
-    if any(_shape(plan, place) != shape for place in places):
+def _part(at: _At, factor: Factored) -> Passed | None:
+    if at.told["strides"] is not None and any(stride != 1 for stride in at.told["strides"]):
         return None
-    sign = -1.0 if step.equation.primitive.name == "sub" else 1.0
-    signs = (1.0, sign)
-    return [
-        (place, factor if signs[i] == 1 else _times(factor, -1.0))
-        for i, place in enumerate(step.inputs)
-        if plan.learned[place]
-    ]
+    starts = (*(0 for _ in range(at.loops)), *at.told["start_indices"])
+    return [(at.step.inputs[0], _part_of(factor, starts, at.shape(0)))]
 
 
-def _negated(plan: Plan, step: Step, factor: Factored) -> list[tuple[int, Factored]] | None:
-    return [(step.inputs[0], _times(factor, -1.0))]
-
-
-def _times(factor: Factored, number: Any) -> Factored:
-    n = jax.tree.leaves(factor)[0].shape[0]
-    return factor.scaled(jnp.full(n, number))
-
-
-def _part(plan: Plan, step: Step, factor: Factored) -> list[tuple[int, Factored]] | None:
-    params = step.equation.params
-    if params["strides"] is not None and any(stride != 1 for stride in params["strides"]):
-        return None
-    starts = (*(0 for _ in step.maps), *params["start_indices"])
-    return [(step.inputs[0], part_of(factor, starts, _shape(plan, step.inputs[0])))]
-
-
-def part_of(factor: Factored, starts: tuple[int, ...], shape: tuple[int, ...]) -> Factored:
+def _part_of(factor: Factored, starts: Sequence[int], shape: tuple[int, ...]) -> Factored:
     """The factors of a parameter of which a block, from ``starts`` on, has these."""
     if jax.eval_shape(factor.each).shape[1:] == shape:
         return factor
     return Part(factor, tuple(map(int, starts)), shape)
 
 
-def _joined(plan: Plan, step: Step, given: Sequence[Factored | None]) -> list[tuple[int, Factored]]:
+def _joined(at: _At, given: Sequence[Factored | None]) -> Passed:
     """Of what was split, each part is a block."""
-    params, shape = step.equation.params, _shape(plan, step.inputs[0])
-    starts = [sum(params["sizes"][:k]) for k in range(len(given))]
-    zeros = (0,) * len(shape)
-    axis = params["axis"]
+    shape, start, passed = at.shape(0), 0, []
+    for size, factor in zip(at.told["sizes"], given, strict=True):
+        if factor is not None:
+            starts = [start if i == at.told["axis"] else 0 for i in range(len(shape))]
+            passed.append((at.step.inputs[0], _part_of(factor, starts, shape)))
+        start += size
+    return passed
+
+
+def _cut(at: _At, factor: Factored) -> Passed | None:
+    """Of what was concatenated, each has its block of the factors."""
+    axis, start, passed = at.loops + at.told["dimension"], 0, []
+    for i, place in enumerate(at.step.inputs):
+        size = at.step.equation.invars[i].aval.shape[axis - at.loops]
+        if i in at.learned:
+            cut = block(factor, axis, start, size)
+            if cut is None:
+                return None
+            passed.append((place, cut))
+        start += size
+    return passed
+
+
+def _added(at: _At, factor: Factored) -> Passed | None:
+    if any(at.shape(i) != at.output_shape for i in at.learned):
+        return None
+    signs = (1, -1) if at.step.equation.primitive.name == "sub" else (1, 1)
     return [
-        (step.inputs[0], part_of(factor, (*zeros[:axis], start, *zeros[axis + 1 :]), shape))
-        for factor, start in zip(given, starts, strict=True)
-        if factor is not None
+        (at.step.inputs[i], factor if signs[i] == 1 else _times(factor, -1)) for i in at.learned
     ]
 
 
-def _cut(plan: Plan, step: Step, factor: Factored) -> list[tuple[int, Factored]] | None:
-    """Of what was concatenated, each has its block of the factors."""
-    axis, start, found = step.equation.params["dimension"], 0, []
-    for i, place in enumerate(step.inputs):
-        size = step.equation.invars[i].aval.shape[axis]
-        if plan.learned[place]:
-            cut = block(factor, len(step.maps) + axis, start, size)
-            if cut is None:
-                return None
-            found.append((place, cut))
-        start += size
-    return found
+def _negated(at: _At, factor: Factored) -> Passed | None:
+    return [(at.step.inputs[0], _times(factor, -1))]
 
 
-def _broadcast(plan: Plan, step: Step, factor: Factored) -> list[tuple[int, Factored]] | None:
-    """A sum over the new axes; nothing is summed where they are of one entry."""
-    inside, outside = _shape(plan, step.inputs[0]), _shape(plan, step.outputs[0])
-    if math.prod(inside) == math.prod(outside):
-        kept = tuple(step.equation.params["broadcast_dimensions"])
-        return [(step.inputs[0], reshaped(factor, inside))] if kept == tuple(sorted(kept)) else None
-    return None
+def _times(factor: Factored, number: Array | int) -> Factored:
+    n = jax.eval_shape(factor.each).shape[0]
+    return factor.scaled(jnp.full(n, number))
 
 
-MOVES: dict[str, Moved] = {
+def _multiplied(at: _At, factor: Factored) -> Passed | None:
+    """W times or over a number s: gₙ s of W, and ⟨gₙ, W⟩ of s."""
+    over = at.step.equation.primitive.name == "div"
+    for w, other in ((0, 1),) if over else ((0, 1), (1, 0)):
+        place = at.number(other)
+        if at.shape(w) == at.output_shape and place is not None:
+            break
+    else:
+        return None
+    s = jnp.reshape(at.values[place], ())
+    s = 1 / s if over else s
+    passed: Passed = [(at.step.inputs[w], _times(factor, s))] if w in at.learned else []
+    if other in at.learned:
+        of_s = factor.dot(at.value(w))
+        of_s = -(s**2) * of_s if over else of_s
+        passed.append((place, Itself(of_s.reshape(-1, *at.plan.shapes[place].shape))))
+    return passed
+
+
+def _product(at: _At, factor: Factored) -> Passed | None:
+    """Of a matrix product L R of parameters: (g Rᵀ) of L, (Lᵀ g) of R, where g = Σ u vᵀ."""
+    (contracted, (batch, _)) = at.told["dimension_numbers"]
+    outer = factor.as_outer()
+    if outer is None or at.loops or batch or len(at.shape(0)) != 2 or len(at.shape(1)) != 2:
+        return None
+    passed: Passed = []
+    flipped = (contracted[0] == (0,), contracted[1] == (1,))  # which of L, R are transposes
+    left, right = (at.value(i).T if flipped[i] else at.value(i) for i in range(2))
+    for i in at.learned:
+        u, v = outer.u, outer.v
+        if i == 0:
+            v = einsum("nti,ri->ntr", v, right)
+        else:
+            u = einsum("nto,or->ntr", u, left)
+        inputs_first = factor.rows_are_inputs  # which a transposed Outer says of itself
+        f = transposed(Outer(v, u), (1, 0)) if inputs_first else Outer(u, v)
+        passed.append((at.step.inputs[i], transposed(f, (1, 0)) if flipped[i] else f))
+    return passed
+
+
+MOVES: dict[str, Callable[[_At, Factored], Passed | None]] = {
     "reshape": _reshaped,
     "squeeze": _reshaped,
-    "expand_dims": _reshaped,
     "transpose": _transposed,
     "convert_element_type": _same,
     "copy": _same,
-    "copy_p": _same,
     "reduce_precision": _same,
     "add": _added,
     "add_any": _added,
     "sub": _added,
     "neg": _negated,
+    "mul": _multiplied,
+    "div": _multiplied,
+    "dot_general": _product,
     "slice": _part,
     "concatenate": _cut,
     "broadcast_in_dim": _broadcast,

@@ -11,10 +11,12 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
+import jax.numpy as jnp
 from jax import Array
 
-from ..factors.arranged import reshaped, transposed
+from ..factors.arranged import inverse, reshaped, transposed
 from ..factors.combined import Stacked
 from ..factors.convolved import Convolution, Convolved
 from ..factors.factored import Factored, Outer
@@ -24,40 +26,36 @@ from .jaxprs import Equation, LookUp, Product, convolution, look_up, product
 Shape = tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class Route:
-    """One operation.
+class Route(Protocol):
+    """One operation of a parameter and something of an example."""
 
-    Attributes:
-      name: what ``explain`` calls it.
-      operand: which of the operation's inputs is the parameter.
-      shape: of the parameter.
-    """
-
-    operand: int
-    shape: Shape
-
-    name = "route"
-
-    def reads(self, values: Sequence[Array]) -> Array:
-        """The activation, from the operation's inputs."""
-        raise NotImplementedError
+    @property
+    def name(self) -> str:
+        """What ``explain`` calls it."""
 
     @property
     def summed(self) -> int:
         """How many products are summed in each number that the operation gives."""
-        return 1
+
+    def reads(self, values: Sequence[Array]) -> Array:
+        """The activation, from the operation's inputs."""
 
     def factor(self, a: Array, delta: Array, mapped: tuple[bool, ...]) -> Factored:
         """The factors; the parameter has an entry for each turn of the loops that are ``mapped``,
         and its gradient is a sum over those of the others."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)
-class InProduct(Route):
-    """z = W a over any axes: Outer products, one for each entry of the axes that go together."""
+class InProduct:
+    """z = W a over any axes: Outer products, one for each entry of the axes that go together.
 
+    Attributes:
+      operand: which of the product's inputs W is.
+      shape: of W.
+    """
+
+    operand: int
+    shape: Shape
     product: Product
 
     name = "matrix product"
@@ -70,42 +68,37 @@ class InProduct(Route):
         return values[1 - self.operand]
 
     def factor(self, a: Array, delta: Array, mapped: tuple[bool, ...]) -> Factored:
-        loops = len(mapped)
-        w, other = self.operand, 1 - self.operand
+        first = 1 + len(mapped)
         (w_batch, w_sum), (a_batch, a_sum) = (
-            (self.product.batch[side], self.product.contracted[side]) for side in (w, other)
+            (self.product.batch[side], self.product.contracted[side])
+            for side in (self.operand, 1 - self.operand)
         )
-        rank = a.ndim - 1 - loops
-        a_free = [axis for axis in range(rank) if axis not in (*a_batch, *a_sum)]
-        w_free = [axis for axis in range(len(self.shape)) if axis not in (*w_batch, *w_sum)]
-        sizes = [self.shape[axis] for axis in (*w_batch, *w_free, *w_sum)]
-        batch, free = len(w_batch), len(w_free)
-        rows, columns = math.prod(sizes[batch : batch + free]), math.prod(sizes[batch + free :])
+        w_free = _others(len(self.shape), w_batch, w_sum)
+        a_free = _others(a.ndim - first, a_batch, a_sum)
+        # z has the axes that go together, then those of the left operand, then of the right.
+        together = range(len(w_batch))
+        z_first = len(together) + (0 if self.operand == 0 else len(a_free))
+        z_rows = range(z_first, z_first + len(w_free))
+        z_free = _others(delta.ndim - first, together, z_rows)
 
-        # (batch, positions, columns) and (batch, positions, rows) of one turn
-        v = _axes(a, 1 + loops, (*a_batch, *a_free, *a_sum))
-        positions = [a.shape[1 + loops + axis] for axis in a_free]
-        first = batch if w == 0 else batch + len(a_free)
-        z_rows = range(first, first + free)
-        z_free = [i for i in range(batch, delta.ndim - 1 - loops) if i not in z_rows]
-        u = _axes(delta, 1 + loops, (*range(batch), *z_free, *z_rows))
-        lead = a.shape[: 1 + loops]
-        together = [a.shape[1 + loops + axis] for axis in a_batch]
-        v = v.reshape(*lead, *together, math.prod(positions), columns)
-        u = u.reshape(*lead, *together, math.prod(positions), rows)
-        f = _stacked(Outer, (u, v), (*mapped, *[True] * batch))
-        f = reshaped(f, (*_lengths(a, mapped), *sizes))
-        order = (*w_batch, *w_free, *w_sum)
-        return transposed(f, _back(order, sum(mapped)))
+        v = _ordered(a, first, (*a_batch, *a_free, *a_sum))
+        u = _ordered(delta, first, (*together, *z_free, *z_rows))
+        lead = v.shape[: first + len(together)]
+        positions = math.prod(a.shape[first + axis] for axis in a_free)
+        rows, columns = (math.prod(self.shape[i] for i in axes) for axes in (w_free, w_sum))
+        u, v = u.reshape(*lead, positions, rows), v.reshape(*lead, positions, columns)
+        f = _stacked(Outer, (u, v), (*mapped, *[True] * len(together)))
+        return _laid_out(f, _lengths(a, mapped), self.shape, (*w_batch, *w_free, *w_sum))
 
 
 @dataclass(frozen=True)
-class InLookUp(Route):
-    """y_t = W[k_t]: rows of a table."""
+class InLookUp:
+    """y_t = W[k_t]: rows of a table of ``shape``."""
 
+    shape: Shape
     look_up: LookUp
 
-    name = "look-up"
+    name, summed = "look-up", 1
 
     def reads(self, values: Sequence[Array]) -> Array:
         ids = values[1][..., 0]
@@ -113,20 +106,16 @@ class InLookUp(Route):
         return ids.clip(0, rows - 1) if self.look_up.clips else ids
 
     def factor(self, a: Array, delta: Array, mapped: tuple[bool, ...]) -> Factored:
-        loops, offsets = len(mapped), self.look_up.offsets
-        rank = delta.ndim - 1 - loops
-        v = _axes(delta, 1 + loops, (*(i for i in range(rank) if i not in offsets), *offsets))
-        rows = self.shape[self.look_up.axis]
-        rest = [i for i in range(len(self.shape)) if i != self.look_up.axis]
-        sizes = [self.shape[i] for i in rest]
-        v = v.reshape(*a.shape, math.prod(sizes))
-        f = _stacked(functools.partial(Rows, rows=rows), (a, v), mapped)
-        f = reshaped(f, (*_lengths(a, mapped), rows, *sizes))
-        return transposed(f, _back((self.look_up.axis, *rest), sum(mapped)))
+        first, (axis, offsets) = 1 + len(mapped), (self.look_up.axis, self.look_up.offsets)
+        v = _ordered(delta, first, (*_others(delta.ndim - first, offsets), *offsets))
+        rest = _others(len(self.shape), (axis,))
+        v = v.reshape(*a.shape, math.prod(self.shape[i] for i in rest))
+        f = _stacked(functools.partial(Rows, rows=self.shape[axis]), (a, v), mapped)
+        return _laid_out(f, _lengths(a, mapped), self.shape, (axis, *rest))
 
 
 @dataclass(frozen=True)
-class InConvolution(Route):
+class InConvolution:
     """z = conv(a, W)."""
 
     convolution: Convolution
@@ -135,34 +124,27 @@ class InConvolution(Route):
 
     @property
     def summed(self) -> int:
-        return math.prod(self.shape) // self.convolution.outputs
+        return math.prod(self.convolution.kernel) // self.convolution.outputs
 
     def reads(self, values: Sequence[Array]) -> Array:
         return values[0]
 
     def factor(self, a: Array, delta: Array, mapped: tuple[bool, ...]) -> Factored:
-        numbers, loops = self.convolution.numbers, len(mapped)
-        turns = [i for i, over in enumerate(mapped) if not over]
+        numbers, kernel = self.convolution.numbers, self.convolution.kernel
+        turns = [1 + i for i, over in enumerate(mapped) if not over]
 
         def one_batch(array: Array, axis: int) -> Array:
             """The turns of loops that share the kernel, as more of the batch axis."""
-            axis += 1 + sum(mapped)
-            array = array.transpose(
-                (
-                    *(0, *(1 + i for i, over in enumerate(mapped) if over)),
-                    *range(1 + loops, axis + len(turns)),
-                    *(1 + i for i in turns),
-                    *range(axis + len(turns), array.ndim),
-                )
-            )
-            size = math.prod(array.shape[axis : axis + len(turns) + 1])
-            return array.reshape(*array.shape[:axis], size, *array.shape[axis + len(turns) + 1 :])
+            first = 1 + sum(mapped) + axis
+            last = first + len(turns)
+            array = jnp.moveaxis(array, turns, range(first, last))
+            size = math.prod(array.shape[first : last + 1])
+            return array.reshape(*array.shape[:first], size, *array.shape[last + 1 :])
 
         arrays = (one_batch(a, numbers.lhs_spec[0]), one_batch(delta, numbers.out_spec[0]))
         make = functools.partial(Convolved, convolution=self.convolution)
-        over = [True] * sum(mapped)
-        f = _stacked(make, arrays, over)
-        return reshaped(f, (*_lengths(arrays[0], over), *self.shape))
+        f = _stacked(make, arrays, [True] * sum(mapped))
+        return reshaped(f, (*_lengths(a, mapped), *kernel))
 
 
 def recognised(equation: Equation, operand: int) -> Route | None:
@@ -172,21 +154,29 @@ def recognised(equation: Equation, operand: int) -> Route | None:
     if of_product is not None:
         return InProduct(operand, shape, of_product)
     if of_look_up is not None and operand == 0:
-        return InLookUp(operand, shape, of_look_up)
+        return InLookUp(shape, of_look_up)
     if options is not None and operand == 1:
-        return InConvolution(operand, shape, Convolution(shape, tuple(options.items())))
+        return InConvolution(Convolution(shape, tuple(options.items())))
     return None
 
 
-def _axes(array: Array, first: int, order: Sequence[int]) -> Array:
+def _others(rank: int, *axes: Sequence[int]) -> list[int]:
+    """The axes that are in none of ``axes``."""
+    taken = [axis for some in axes for axis in some]
+    return [axis for axis in range(rank) if axis not in taken]
+
+
+def _ordered(array: Array, first: int, order: Sequence[int]) -> Array:
     """The axes from ``first`` on in another order."""
     return array.transpose((*range(first), *(first + axis for axis in order)))
 
 
-def _back(order: Sequence[int], kept: int) -> Shape:
-    """The permutation that undoes ``order``, behind axes that stay."""
-    inverse = sorted(range(len(order)), key=order.__getitem__)
-    return (*range(kept), *(kept + axis for axis in inverse))
+def _laid_out(f: Factored, lengths: Sequence[int], shape: Shape, order: Sequence[int]) -> Factored:
+    """The factors for a parameter of ``shape``, of whose axes ``f`` has those of ``order``, behind
+    loops of ``lengths``."""
+    f = reshaped(f, (*lengths, *(shape[axis] for axis in order)))
+    loops = len(lengths)
+    return transposed(f, (*range(loops), *(loops + axis for axis in inverse(order))))
 
 
 def _lengths(a: Array, mapped: Sequence[bool]) -> list[int]:
