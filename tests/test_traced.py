@@ -262,6 +262,24 @@ FUNCTIONS = {
     "chosen": (chosen, drawn(w=(D, 3), v=(D, 3)), VECTORS, Y),
     "custom_vjp": (lambda p, x: doubled_back(p["w"], x), drawn(w=(D, 3)), VECTORS, Y),
     "custom_jvp": (lambda p, x: tripled(p["w"], x), drawn(w=(D, 3)), VECTORS, Y),
+    "shard_map": (
+        jax.shard_map(
+            lambda p, x: jnp.tanh(x @ p["w"]),
+            mesh=jax.make_mesh((1,), ("i",)),
+            in_specs=jax.sharding.PartitionSpec(),
+            out_specs=jax.sharding.PartitionSpec(),
+        ),
+        *(drawn(w=(D, 3)), VECTORS, Y),
+    ),
+    "while": (
+        lambda p, x: (
+            lax.stop_gradient(
+                lax.while_loop(lambda h: (h**2).sum() > p["t"] ** 2, lambda h: h / 2, x)
+            )
+            @ p["w"]
+        ),
+        *(drawn(w=(D, 3), t=()), VECTORS, Y),
+    ),
     "convolution": (convolved, drawn(w=(3, 3, 2, 3)), IMAGES, Y),
     "convolution, few positions": (
         functools.partial(convolved, strides=(4, 4), padding=[(1, 2), (0, 1)]),
@@ -690,6 +708,30 @@ def test_calls_checkpoints_and_branches_are_known():
         assert other(equations(jnp.sin, x)[0]) is None
 
 
+def test_a_move_is_known():
+    def moved(w):
+        left, right = jnp.split(w.T, [1])
+        return jnp.concatenate([right, left])[1:2]
+
+    names = [jaxprs.move(e) for e in equations(moved, jnp.ones((3, 2)))]
+    assert names == [
+        ("transpose", {"permutation": (1, 0)}),
+        ("split", {"sizes": (1, 1), "axis": 0}),
+        ("concatenate", {"dimension": 0}),
+        ("slice", {"start_indices": (1, 0), "strides": None}),
+    ]
+    assert jaxprs.move(equations(jnp.sin, jnp.ones(3))[0]) is None
+
+
+def test_a_side_effect_is_known():
+    def printing(x):
+        return lax.scan(lambda h, x: (jax.debug.print("{}", h), (h, x))[1], 0.0, x)[1]
+
+    program = jaxprs.program_of(jax.make_jaxpr(printing)(jnp.ones(3)))
+    assert jaxprs.with_effects(program).primitive.name.startswith("debug")
+    assert jaxprs.with_effects(jaxprs.program_of(jax.make_jaxpr(jnp.sin)(1.0))) is None
+
+
 def test_the_users_line_is_known():
     (equation,) = equations(lambda x: jnp.sin(x), jnp.ones(3))
     file, _, line = jaxprs.source_of(equation).rpartition(":")
@@ -764,6 +806,13 @@ def test_what_does_not_fit_is_said():
     raises(lambda: bp.kronecker_factors(cost_of(mlp), fisher="exact"), "bp.from_function")
     raises(lambda: bp.evaluate(cost_of(mlp), metrics={"a": abs}), "no outputs")
     raises(lambda: bp.explain(MLP, same_model()[2], VECTORS), "bp.from_function")
+
+    def printing(p, x):
+        jax.debug.print("{}", x)
+        return p["w"] @ x
+
+    model = bp.from_function(printing)
+    raises(lambda: norms(model, LOSS)(params, VECTORS, Y), "printing", "side effects", __file__)
 
 
 def test_a_function_of_a_batch_is_named_as_such():

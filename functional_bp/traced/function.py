@@ -19,7 +19,7 @@ from ..contractions import Contraction, asks_layers, broadcast, contract_layer, 
 from ..docstrings import explained
 from ..factors.factored import Factored
 from ..layer import Layer, batch_size, no_parameters, none_is_state, one_of, placed
-from .jaxprs import program_of
+from .jaxprs import Program, program_of, source_of, with_effects
 from .parameters import factors_of
 from .plan import Plan
 from .planning import plan_of
@@ -55,8 +55,9 @@ def from_function(
       name: how errors and summaries call the layer.
 
     Raises:
-      ModelError: in use, for parameters that are not floating-point; where ``apply`` fails on one
-        example, as a function of a whole batch may; where it wants a key and gets none.
+      ModelError: in use, for parameters that are not floating-point, and where ``apply`` has side
+        effects, or wants a key and gets none. What ``apply`` raises has a note that it was called
+        with one example.
 
     Example:
       >>> model = bp.from_function(lambda params, x: params["w"] @ x, name="linear")
@@ -226,7 +227,9 @@ class _Traced:
         _check_parameters(params, state)
         with _told_of_one_example(x):
             jaxpr, outputs = jax.make_jaxpr(self.of_one, return_shape=True)(params, x, key)
-        plan = plan_of(program_of(jaxpr), len(state), [not of_state for of_state in state])
+        program = program_of(jaxpr)
+        _check_effects(program)
+        plan = plan_of(program, len(state), [not of_state for of_state in state])
         found = plan, jax.tree.structure(outputs)
         if not any(map(is_traced, plan.known.values())):  # which are good in this call alone
             self.plans[arguments] = found
@@ -298,6 +301,15 @@ def _check_parameters(params: Tree, state: list[bool]) -> None:
                 f"params{jax.tree_util.keystr(path)}: takes floating-point parameters, got "
                 f"{described(leaf)}; keep other arrays in the function, or name them by is_state="
             )
+
+
+def _check_effects(program: Program) -> None:
+    equation = with_effects(program)
+    if equation is not None:
+        raise ModelError(
+            f"takes a function without side effects, got {equation.primitive.name} in "
+            f"{source_of(equation)}"
+        )
 
 
 @contextlib.contextmanager

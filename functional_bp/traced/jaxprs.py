@@ -49,6 +49,15 @@ def evaluated(equation: Equation, values: Sequence[Value]) -> list[Value]:
     return list(found) if primitive.multiple_results else [found]
 
 
+def with_effects(program: Program) -> Equation | None:
+    """An equation that does more than give its outputs, as ``jax.debug.print`` does."""
+    for equation in program.equations:
+        if getattr(equation, "effects", ()):
+            inside = map(with_effects, map(program_of, jaxprs_in_params(equation.params)))
+            return next(filter(None, inside), equation)
+    return None
+
+
 # ---- equations with programs inside
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -59,10 +59,9 @@ def from_flax(
         return module.init({"params": key, rng: key}, ones, **options)
 
     def apply(params: Tree, x: Tree, key: Array | None = None) -> Tree:
-        batch = jax.tree.map(lambda leaf: leaf[None], x)
         how = options if key is None else options | dict(noisy or {})
         rngs = None if key is None else {rng: key}
-        return jax.tree.map(lambda leaf: leaf[0], module.apply(params, batch, rngs=rngs, **how))
+        return _of_one(lambda batch: module.apply(params, batch, rngs=rngs, **how), x)
 
     def is_state(params: Tree) -> Tree:
         return {
@@ -72,6 +71,12 @@ def from_flax(
 
     name = f"from_flax({type(module).__name__})"
     return from_function(apply, init=init, is_state=is_state, name=name)
+
+
+def _of_one(function: Callable[[Tree], Tree], x: Tree) -> Tree:
+    """What a function of a batch gives for a batch of one example."""
+    batch = jax.tree.map(lambda leaf: leaf[None], x)
+    return jax.tree.map(lambda leaf: leaf[0], function(batch))
 
 
 def from_nnx(module: Any, *, rng: str = "dropout") -> tuple[Layer, Tree]:
@@ -109,8 +114,7 @@ def from_nnx(module: Any, *, rng: str = "dropout") -> tuple[Layer, Tree]:
         else:
             model.train()
             nnx.reseed(model, **{rng: key})  # type: ignore[arg-type]
-        batch = jax.tree.map(lambda leaf: leaf[None], x)
-        return jax.tree.map(lambda leaf: leaf[0], model(batch))
+        return _of_one(model, x)
 
     return from_function(apply, name=f"from_nnx({type(module).__name__})"), params
 
