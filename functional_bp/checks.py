@@ -7,6 +7,7 @@ not looked at.
 
 from __future__ import annotations
 
+import inspect
 import math
 import os
 import textwrap
@@ -88,6 +89,14 @@ def function(what: str, value: Any, *, or_none: bool = False) -> Callable[..., A
     if not (callable(value) or (or_none and value is None)):
         raise ModelError(f"{what}: takes a function, got {told(value)}")
     return value
+
+
+def takes(function: Callable[..., Any], argument: str) -> bool:
+    """Whether a function has an argument of this name."""
+    try:
+        return argument in inspect.signature(function).parameters
+    except (TypeError, ValueError):  # a builtin
+        return False
 
 
 def floating(what: str, value: Any) -> Any:

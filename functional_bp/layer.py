@@ -96,6 +96,7 @@ class Layer:
       mirrored: for a recurrent layer, ``() -> `` the same one from the sequence's other end.
       parts, rebuild: for a combinator, its layers and the function that makes it from others.
       mixes_examples: the output of one example depends on the others of its batch.
+      holds_deltas: its backward holds all its δ at once, whatever is asked of it.
       equations, doc: what ``help`` shows.
 
     Example:
@@ -117,6 +118,7 @@ class Layer:
     parts: tuple[Layer, ...] = ()
     rebuild: Callable[..., Layer] | None = None
     mixes_examples: bool = False
+    holds_deltas: bool = False
     equations: Equations | tuple[str, str] | None = None
     doc: str = ""
 
@@ -128,7 +130,8 @@ class Layer:
             function(f"{self.name}: {what}", getattr(self, what), or_none=True)
         if self.in_inference is not None:
             a_layer(f"{self.name}: in_inference", self.in_inference)
-        flag(f"{self.name}: mixes_examples", self.mixes_examples)
+        for what in ("mixes_examples", "holds_deltas"):
+            flag(f"{self.name}: {what}", getattr(self, what))
         text(f"{self.name}: doc", self.doc)
         object.__setattr__(self, "equations", stated(f"{self.name}: equations", self.equations))
         words = composed(self.doc or f"The layer {self.name}.", self.equations)
@@ -261,6 +264,7 @@ def combined(
     backward: Callable[..., tuple[Tree, Tree]],
     renew: Callable[[Tree, Tree], Tree] | None = None,
     is_state: Callable[[Tree], Tree] | None = None,
+    holds_deltas: bool = False,
 ) -> Layer:
     """A layer made of others; its parameters and residuals are those of its only part where
     ``renew`` and ``is_state`` are not given."""
@@ -274,4 +278,5 @@ def combined(
         parts=parts,
         rebuild=rebuild,
         mixes_examples=any(part.mixes_examples for part in parts),
+        holds_deltas=holds_deltas,
     )

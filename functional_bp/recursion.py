@@ -168,6 +168,7 @@ def _ended(model: Layer, last: Layer, *, has_parameters: bool) -> Layer:
         backward=backward,
         renew=renew,
         is_state=is_state,
+        holds_deltas=model.holds_deltas,
     )
 
 

@@ -339,7 +339,7 @@ def quantities(model, loss, params, x, y, hessian=True, **options):
         "dots": of(bp.grad_dots, direction(params)),
         "second moment": of(bp.grad_second_moment),
         "clipped": clipped(),
-        "clipped, one recursion": clipped(recursions=1),
+        "clipped, two recursions": clipped(recursions=2),
         "Hessian": of(bp.hvp, direction(params)) if hessian else (),
     }
 
@@ -360,7 +360,7 @@ def definitions(cost, params, x, y, hessian=True):
         "dots": flat @ jnp.concatenate([leaf.ravel() for leaf in jax.tree.leaves(v)]),
         "second moment": jax.tree.map(lambda g: (g**2).mean(0), each),
         "clipped": clipped,
-        "clipped, one recursion": clipped,
+        "clipped, two recursions": clipped,
         "Hessian": jax.grad(lambda p: optax.tree.vdot(mean(p), v))(params) if hessian else (),
     }
 
@@ -456,6 +456,19 @@ def test_it_is_the_same_as_layers_written_by_hand():
     wanted, of_layers = jax.jit(functools.partial(others, MLP))(of_layers)
     check_equal(ours, {name: as_function(tree) for name, tree in wanted.items()})
     check_equal(scalars, of_layers)
+
+
+def test_what_holds_its_deltas_is_clipped_in_one_recursion():
+    model, params, of_layers = same_model()
+    cases = ((model, params, 1), (bp.chain(model), (params,), 2), (MLP, of_layers, 2))
+    for layer, theirs, recursions in cases:
+
+        def program(theirs=theirs, layer=layer, **how):
+            clipped = bp.clipped_grad(layer, LOSS, max_norm=0.5, **how)
+            return str(jax.make_jaxpr(clipped)(theirs, VECTORS, Y))
+
+        both = {n: program(recursions=n) for n in (1, 2)}
+        assert both[1] != both[2] and program() == both[recursions]
 
 
 @pytest.mark.parametrize("fisher", ["empirical", "exact"])

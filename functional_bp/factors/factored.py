@@ -310,7 +310,7 @@ def _inner_by_gram(f: Outer, g: Outer) -> Array:
     def block(start: Array | int, size: int) -> Array:
         h = block_of(g, start, size, 1)
         uu, vv = einsum("nto,nso->nts", f.u, h.u), einsum("nti,nsi->nts", f.v, h.v)
-        return jnp.einsum("nts,nts->n", uu, vv)
+        return (uu * vv).sum((1, 2))  # as an einsum, up to a third slower
 
     s = g.u.shape[1]
     return summed_blocks(block, s, block_size(s, (f, g), n * t))

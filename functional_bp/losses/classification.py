@@ -44,24 +44,25 @@ def _softmax_value(a: Array, y: Tree) -> Array:
     return jnp.where(mask, costs, 0).sum() / jnp.maximum(1, mask.sum())
 
 
-def _softmax_delta(a: Array, y: Tree) -> Array:
+def _softmax_delta(a: Array, y: Tree, weight: Array | float = 1.0) -> Array:
+    """∂C/∂a times a weight."""
     y, mask = target_and_mask(a, y)
-    positions: Any = max(1, a.size // a.shape[-1])
+    positions: Any = max(1, a.size // a.shape[-1]) if mask is None else jnp.maximum(1, mask.sum())
+    weight = weight / positions
     e = jnp.exp(_below_highest(a))
     z = e.sum(-1, keepdims=True)
     if is_ids(a, y):
-        # p − one_hot(y) without making the one-hot: where the cost reads the target's logit, z is
-        # taken off e, in place, before the division that all of p needs anyway. (The places do not
-        # wait for the forward pass. With a second thing ready at the start, XLA's CPU runtime runs
-        # the products in its own pool, not beside it in a third thread: of an MLP's step at batch
-        # 128, a compare and a select in place of this took 7 to 9 % more on two cores.)
+        # p − one_hot(y) without making the one-hot, the weight in p before: what is last is not
+        # computed again by each of the products that read δ. (The places do not wait for the
+        # forward pass. With a second thing ready at the start, XLA's CPU runtime runs the products
+        # in its own pool, not beside it in a third thread: of an MLP's step at batch 128, a compare
+        # and a select in place of this took 7 to 9 % more on two cores.)
         target = (*jnp.indices(y.shape, sparse=True), y)
-        delta = e.at[target].add(-z[..., 0], unique_indices=True) / z
+        delta = (e * (weight / z)).at[target].add(-weight, unique_indices=True)
     else:
-        delta = e / z * y.sum(-1, keepdims=True) - y
-    if mask is not None:
-        delta, positions = jnp.where(mask[..., None], delta, 0), jnp.maximum(1, mask.sum())
-    return (delta / positions).astype(a.dtype)
+        delta = (e / z * y.sum(-1, keepdims=True) - y) * weight
+    delta = delta if mask is None else jnp.where(mask[..., None], delta, 0)
+    return delta.astype(a.dtype)
 
 
 def _root_of_position_weights(a: Array, y: Tree) -> Array:
@@ -215,7 +216,7 @@ def smoothed_softmax_cross_entropy(smoothing: float) -> Loss:
 
     return loss(
         lambda a, y: _softmax_value(a, smoothed(a, y)),
-        lambda a, y: _softmax_delta(a, smoothed(a, y)),
+        lambda a, y, weight=1.0: _softmax_delta(a, smoothed(a, y), weight),
         name=f"smoothed_softmax_cross_entropy({smoothing})",
         check=ids_or_probabilities,
     )

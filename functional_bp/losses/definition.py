@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from ..checks import ModelError, described, function, scalar_cost, text, told
+from ..checks import ModelError, described, function, scalar_cost, takes, text, told
 from ..contractions import check_factors, contract_factors, is_factor, keep
 from ..docstrings import Equations, composed, stated
 from ..factors.factored import per_example
@@ -35,7 +35,8 @@ class Loss:
     Attributes:
       name: how errors call it.
       value, delta: ``(a, y) -> C`` and ``(a, y) -> ∂C/∂a`` of one example; of a loss with
-        parameters, ``(params, a, y) -> C`` and ``(params, a, y) -> (∂C/∂a, factors)``.
+        parameters, ``(params, a, y) -> C`` and ``(params, a, y) -> (∂C/∂a, factors)``. A delta may
+        take a weight; see ``bp.losses.loss``.
       check: ``(a, y) -> None`` over a batch.
       root, sample: of its Hessian; see ``bp.losses.loss``.
       init: ``(key, a, y) -> params``, of a loss that has parameters.
@@ -91,7 +92,7 @@ class Loss:
         """``delta`` over a batch."""
 
         def of_outputs(*args: Tree) -> Tree:
-            a, result = args[-2], self.delta(*args)
+            a, result = args[self.has_parameters], self.delta(*args)
             delta = self._checked_factors(args[0], result) if self.has_parameters else result
             if jax.tree.map(jnp.shape, delta) != jax.tree.map(jnp.shape, a):
                 raise ModelError(
@@ -109,8 +110,15 @@ class Loss:
         return result[0]
 
     def _batched(self, of_example: Callable[..., Tree]) -> Callable[..., Tree]:
-        axes = (None, 0, 0) if self.has_parameters else 0
-        return jax.jit(jax.vmap(of_example, axes), inline=True)
+        def batched(*args: Tree) -> Tree:
+            axes = (None, *(0 for _ in args[1:])) if self.has_parameters else 0
+            return jax.vmap(of_example, axes)(*args)
+
+        return jax.jit(batched, inline=True)
+
+    @functools.cached_property
+    def _takes_weight(self) -> bool:
+        return not self.has_parameters and takes(self.delta, "weight")
 
     @functools.cached_property
     def layer(self) -> Layer:
@@ -137,9 +145,11 @@ class Loss:
     def _backward(
         self, params: Tree, ay: Tree, weights: Array, contract: Tree = keep
     ) -> tuple[Tree, Tree]:
-        delta = self.deltas(*self._given(params), *ay)  # BP1: ∂C/∂a of each example
+        given = (*self._given(params), *ay, *([weights] if self._takes_weight else []))
+        delta = self.deltas(*given)  # BP1: ∂C/∂a of each example
         delta, factors = delta if self.has_parameters else (delta, ())
-        delta = jax.tree.map(lambda d: per_example(weights, d), delta)
+        if not self._takes_weight:
+            delta = jax.tree.map(lambda d: per_example(weights, d), delta)
         factors = jax.tree.map(lambda f: f.scaled(weights), factors, is_leaf=is_factor)
         return (delta, None), contract_factors(contract, factors)
 
@@ -177,7 +187,8 @@ def loss(
 
     Args:
       value: ``(a, y) -> C``, a scalar.
-      delta: ``(a, y) -> ∂C/∂a``, of a's shape.
+      delta: ``(a, y) -> ∂C/∂a``, of a's shape; or ``(a, y, weight=1.0) -> weight ∂C/∂a``, where
+        the weight of an example costs less inside.
       name: how errors call it.
       check: ``(a, y) -> None`` for a whole batch, raising ``bp.ModelError`` where the target
         does not fit; y may be traced.

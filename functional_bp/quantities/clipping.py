@@ -51,7 +51,7 @@ def clipped_grad(
     *,
     normalize_by: float | None = None,
     per: str = "model",
-    recursions: int = 2,
+    recursions: int | None = None,
     has_aux: bool = False,
     microbatch: int | None = None,
 ) -> OfBatch[Any]:
@@ -66,7 +66,8 @@ def clipped_grad(
     With ``recursions=1`` the factors of every parameter are kept from the first recursion and
     contracted twice. That saves the second recursion, at most a sixth of the time, and holds
     every layer's δ at once: more memory than ``jax.grad`` where the model is deep. Two
-    recursions hold one layer's δ at a time, so they are the default.
+    recursions hold one layer's δ at a time, so they are the default; not so for a single layer
+    of ``bp.from_function`` and its like, or a cost, whose δ are held at once by either.
 
     Args:
       max_norm: the L2 norm to which each example's gradient is clipped, finite and above 0.
@@ -75,7 +76,7 @@ def clipped_grad(
         K layers or parameters (as in ``per_example_grad_norms``; those of a ``repeat`` count one
         by one) is clipped by itself to max_norm / √K, so that the whole keeps to ``max_norm``.
         (McMahan et al. 2018, "Learning differentially private recurrent language models".)
-      recursions: 2 or 1.
+      recursions: 2 or 1; None for what is said above.
       has_aux: return ``(g, aux)``: ``aux.loss``, the mean cost Σ wₙ Cₙ / Σ wₙ over the examples
         whose gradients are finite; ``aux.norms``, ‖gₙ‖ before clipping, as
         ``per_example_grad_norms`` gives them for this ``per``.
@@ -105,6 +106,8 @@ def clipped_grad(
     bound = number("max_norm", max_norm, above=0)
     if normalize_by is not None:
         number("normalize_by", normalize_by, above=0)
+    if recursions is None:
+        recursions = 1 if cost.holds_deltas else 2
     if whole("recursions", recursions) > 2:
         raise ModelError(f"recursions: takes 1 or 2, got {recursions}")
     flag("has_aux", has_aux)

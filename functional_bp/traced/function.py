@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from ..checks import ModelError, described, function, is_traced, scalar_cost, text
+from ..checks import ModelError, described, function, is_traced, scalar_cost, takes, text
 from ..contractions import Contraction, asks_layers, broadcast, contract_layer, is_contraction, keep
 from ..docstrings import explained
 from ..factors.factored import Factored
@@ -78,6 +78,7 @@ def from_function(
         backward=traced.backward,
         reference=traced.outputs,
         is_state=is_state,
+        holds_deltas=True,
     )
     return placed(f"{name}:", layer)
 
@@ -285,13 +286,9 @@ class _Total(Factored):
 
 def _key_of(apply: Callable[..., Any]) -> tuple[bool, bool]:
     """Whether a function takes a key, and whether it must have one."""
-    try:
-        parameters = inspect.signature(apply).parameters
-    except (TypeError, ValueError):  # a builtin
+    if not takes(apply, "key"):
         return False, False
-    if "key" not in parameters:
-        return False, False
-    return True, parameters["key"].default is inspect.Parameter.empty
+    return True, inspect.signature(apply).parameters["key"].default is inspect.Parameter.empty
 
 
 def _check_parameters(params: Tree, state: list[bool]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from ..checks import ModelError, text, told
+from ..checks import ModelError, takes, text, told
 from ..docstrings import explained
 from ..layer import Layer
 from .function import from_function
@@ -148,7 +147,7 @@ def from_equinox(module: Any) -> tuple[Layer, Tree]:
     if not isinstance(module, eqx.Module) or not callable(module):
         raise ModelError(f"from_equinox: takes an equinox.Module to call, got {told(module)}")
     params, static = eqx.partition(module, eqx.is_inexact_array)
-    takes_key = "key" in inspect.signature(module).parameters
+    takes_key = takes(module, "key")
 
     def apply(params: Tree, x: Tree, key: Array | None = None) -> Tree:
         model = eqx.combine(params, static)
