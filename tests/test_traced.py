@@ -721,6 +721,20 @@ def test_calls_checkpoints_and_branches_are_known():
         assert other(equations(jnp.sin, x)[0]) is None
 
 
+def test_what_is_broadcast_beside_an_axis_of_one_entry_is_without_it():
+    """So that sums on the way back are not over arrays with such an axis, which are slow."""
+    a, b = jnp.arange(6.0).reshape(1, 3, 2), jnp.arange(2.0).reshape(1, 1, 2)
+    (equation,) = equations(lax.mul, a, b)
+    (z,) = jaxprs.evaluated(equation, (a, b))
+    assert (z == a * b).all() and z.shape == (1, 3, 2)
+    pull = jax.make_jaxpr(
+        lambda b: jax.vjp(lambda b: jaxprs.evaluated(equation, (a, b))[0], b)[1](z)
+    )
+    sums = [e for e in pull(b).eqns if e.primitive.name == "reduce_sum"]
+    shapes = [(e.invars[0].aval.shape, e.outvars[0].aval.shape) for e in sums]
+    assert [(x, y) for x, y in shapes if x[0] != 1 or x[1:] != y] == [((3, 2), (2,))]
+
+
 def test_a_move_is_known():
     def moved(w):
         left, right = jnp.split(w.T, [1])

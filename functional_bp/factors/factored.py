@@ -66,7 +66,7 @@ class Factored:
 
     def inner(self, other: Factored) -> Array:
         """⟨gₙ, hₙ⟩, shape ``(n,)``."""
-        return einsum("ni,ni->n", _flat(self.each()), _flat(other.each()))
+        return (_flat(wide(self.each())) * _flat(wide(other.each()))).sum(1)
 
     def gram(self, other: Factored) -> Array:
         """⟨gₙ, hₘ⟩, shape ``(n, m)``."""

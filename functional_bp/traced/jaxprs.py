@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import Literal, jaxprs_in_params
 
@@ -44,9 +45,23 @@ def is_literal(variable: Any) -> bool:
 def evaluated(equation: Equation, values: Sequence[Value]) -> list[Value]:
     """The outputs of one equation."""
     primitive = equation.primitive
+    alone = _broadcast_beside(values) if primitive.name in ELEMENTWISE else []
+    if alone:
+        values = [lax.squeeze(value, alone) for value in values]
     with equation.ctx.manager:
         found = primitive.bind(*values, **primitive.get_bind_params(equation.params))
-    return list(found) if primitive.multiple_results else [found]
+    found = list(found) if primitive.multiple_results else [found]
+    return [lax.expand_dims(value, alone) for value in found] if alone else found
+
+
+def _broadcast_beside(values: Sequence[Value]) -> list[int]:
+    """The axes of one entry in all operands, such as a batch of one, where another axis is
+    broadcast. What is broadcast is summed on the way back, and beside such an axis XLA's sums over
+    examples took 2 ms on a CPU in place of 0.13, up to a fifth of a step."""
+    shapes = [jnp.shape(value) for value in values]
+    if len(set(map(len, shapes))) > 1 or len(set(shapes)) == 1:
+        return []
+    return [axis for axis, sizes in enumerate(zip(*shapes)) if set(sizes) == {1}]
 
 
 def with_effects(program: Program) -> Equation | None:
