@@ -187,12 +187,16 @@ def _torch_model() -> tuple:
 
 
 def _by_opacus() -> tuple:
+    return ghost_clipping(*_torch_model())
+
+
+def ghost_clipping(network: Any, x: Any, y: Any) -> tuple:
+    """Opacus's clipped gradient of a PyTorch network, by two backward passes."""
     import torch
     from opacus.grad_sample import GradSampleModuleFastGradientClipping
     from opacus.optimizers import DPOptimizerFastGradientClipping
     from opacus.utils.fast_gradient_clipping_utils import DPLossFastGradientClipping
 
-    network, x, y = _torch_model()
     network = GradSampleModuleFastGradientClipping(
         network, max_grad_norm=MAX_NORM, use_ghost_clipping=True
     )
@@ -200,7 +204,7 @@ def _by_opacus() -> tuple:
         torch.optim.SGD(network.parameters(), 0.1),
         noise_multiplier=0.0,
         max_grad_norm=MAX_NORM,
-        expected_batch_size=BATCH,
+        expected_batch_size=len(x),
     )
     criterion = torch.nn.CrossEntropyLoss()
     cost = DPLossFastGradientClipping(network, optimizer, criterion)

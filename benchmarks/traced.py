@@ -1,9 +1,10 @@
 """Traced layers: Flax models, unchanged
 
 Ours is ``bp.from_flax`` of the module. The plain step is ``jax.value_and_grad`` of the module over
-the batch. ``vmap(jax.grad)`` of 32,000 words takes gigabytes, so for the tagger it goes a few
-examples at a time. Norms are checked to be equal. (Gradients are not: that of a key's bias is 0 in
-attention, and of rounding alone nobody agrees.)
+the batch. ``vmap(jax.grad)`` goes over all examples at once, but for 32,000 words, which would take
+gigabytes, and over an eighth of them at a time. Norms are checked to be equal. (Gradients are not:
+that of a key's bias is 0 in attention, and of rounding alone nobody agrees.) Where this library has
+all of a model's layers, the same architecture of them is beside it, with parameters of its own.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ from jax import Array, lax
 
 import functional_bp as bp
 
+from . import flax_models as models
 from .compare import Candidate, Row
+from .quantities import ghost_clipping
 
 Tree = Any
 LOSS = bp.losses.softmax_cross_entropy
@@ -34,7 +37,9 @@ class Case(NamedTuple):
       words: the size of the vocabulary, where the examples are ids.
       classes: of the targets.
       at_positions: there is a target at each position.
-      at_once: as many examples as ``vmap(jax.grad)`` takes at once.
+      all_at_once: ``vmap(jax.grad)`` can take all examples at once.
+      by_hand: the same architecture in layers of this library.
+      more: other candidates for the clipped gradient.
     """
 
     module: Callable[[], Any]
@@ -43,55 +48,66 @@ class Case(NamedTuple):
     words: int | None = None
     classes: int = 10
     at_positions: bool = False
-    at_once: int | None = None
+    all_at_once: bool = True
+    by_hand: Callable[[], bp.Layer] | None = None
+    more: tuple[Candidate, ...] = ()
 
 
 def cases() -> dict[str, Case]:
     return {
-        "MLP 512-512-512-512-10, batch 128": Case(mlp, (512,), 128),
-        "tagger of 32,000 words, batch 64": Case(tagger, (32,), 64, 32_000, at_once=4),
-        "ViT-like, 17 tokens, width 384, batch 32": Case(vit, (17, 64), 32),
-        "GPT, 8,192 words, width 256, T 128, batch 4": Case(
-            lambda: gpt(8192, 256, 2), (128,), 4, 8192, 8192, at_positions=True
+        "MLP 512-512-512-512-10, batch 128": Case(
+            models.mlp, (512,), 128, by_hand=models.mlp_by_hand
         ),
-        "LSTM, 64 steps, width 256, batch 64": Case(lstm, (64, 64), 64),
-        "small CNN, batch 64": Case(cnn, (28, 28, 1), 64),
+        "tagger of 32,000 words, batch 64": Case(
+            models.tagger,
+            *((32,), 64, 32_000),
+            all_at_once=False,
+            by_hand=models.tagger_by_hand,
+            more=(Candidate("Opacus: ghost clipping", tagger_by_opacus, jit=False, same=False),),
+        ),
+        "ViT-like, 17 tokens, width 384, batch 32": Case(models.vit, (17, 64), 32),
+        "GPT, 8,192 words, width 256, T 128, batch 4": Case(
+            lambda: models.gpt(8192, 256, 2), (128,), 4, 8192, 8192, at_positions=True
+        ),
+        "LSTM, 64 steps, width 256, batch 64": Case(
+            models.lstm, (64, 64), 64, by_hand=models.lstm_by_hand
+        ),
+        "small CNN, batch 64": Case(models.cnn, (28, 28, 1), 64),
         "small GPT, width 64, T 32, batch 16": Case(
-            lambda: gpt(128, 64, 2), (32,), 16, 128, 128, at_positions=True
+            lambda: models.gpt(128, 64, 2), (32,), 16, 128, 128, at_positions=True
         ),
     }
 
 
 def rows() -> Iterable[Row]:
     for name, case in cases().items():
+        step = theirs(case, "a plain step", plain_step)
         yield Row(
             f"{name}, norms",
             [
-                ours(case, bp.per_example_grad_norms),
-                theirs(case, "a plain step", plain_step),
-                theirs(case, usual(case), norms_by_vmap, same=True),
+                *ours(case, bp.per_example_grad_norms),
+                step,
+                *by_vmap(case, "vmap(jax.grad)", norms_by_vmap, same=True),
             ],
         )
         yield Row(
             f"{name}, clipped",
             [
-                ours(case, lambda *of: bp.clipped_grad(*of, MAX_NORM)),
-                theirs(case, "a plain step", plain_step),
+                *ours(case, lambda *of: bp.clipped_grad(*of, MAX_NORM)),
+                step,
+                *by_vmap(case, "vmap(jax.grad) and clip", clipped_by_vmap),
                 theirs(case, "jax-privacy: clipped_grad", by_jax_privacy),
+                *case.more,
             ],
         )
         yield Row(
             f"{name}, loss and gradient",
             [
-                ours(case, bp.value_and_grad),
+                *ours(case, bp.value_and_grad),
                 theirs(case, "usual: jax.value_and_grad", plain_step),
             ],
         )
     yield stacked(64)
-
-
-def usual(case: Case) -> str:
-    return "usual: vmap(jax.grad)" + (f", {case.at_once} at a time" if case.at_once else "")
 
 
 def inputs(case: Case) -> tuple[Any, Tree, Array, Array]:
@@ -105,20 +121,36 @@ def inputs(case: Case) -> tuple[Any, Tree, Array, Array]:
     return module, jax.jit(lambda key: bp.from_flax(module).init(key, x[0]))(keys[2]), x, y
 
 
-def ours(case: Case, quantity: Callable[..., Any]) -> Candidate:
+def ours(case: Case, quantity: Callable[..., Any]) -> list[Candidate]:
     def make():
         module, *given = inputs(case)
         return quantity(bp.from_flax(module), LOSS), tuple(given)
 
-    return Candidate("ours", make)
+    def make_by_hand():
+        model, (_, _, x, y) = case.by_hand(), inputs(case)
+        params = jax.jit(lambda key: model.init(key, x[0]))(jax.random.key(2))
+        return quantity(model, LOSS), (params, x, y)
+
+    by_hand = Candidate("ours, of layers written by hand", make_by_hand, same=False)
+    return [Candidate("ours", make), *([by_hand] if case.by_hand else [])]
 
 
-def theirs(case: Case, name: str, function: Callable[..., Any], *, same: bool = False) -> Candidate:
+def theirs(
+    case: Case, name: str, function: Callable[..., Any], *, same: bool = False, **options: Any
+) -> Candidate:
     def make():
         module, *given = inputs(case)
-        return function(module, case), tuple(given)
+        return function(module, case, **options), tuple(given)
 
     return Candidate(name, make, same=same)
+
+
+def by_vmap(case: Case, name: str, function: Callable[..., Any], **same: bool) -> list[Candidate]:
+    """All examples at once, where that can be, and some at a time."""
+    some = max(1, case.batch // 8)
+    at_once = [theirs(case, f"usual: {name}", function, some=None, **same)]
+    some_at_a_time = theirs(case, f"usual: {name}, {some} at a time", function, some=some, **same)
+    return [*(at_once if case.all_at_once else []), some_at_a_time]
 
 
 def costs(module: Any, params: Tree, x: Array, y: Array) -> Array:
@@ -132,16 +164,39 @@ def plain_step(module: Any, case: Case) -> Callable[..., Any]:
     return jax.value_and_grad(lambda params, x, y: costs(module, params, x, y).mean())
 
 
-def norms_by_vmap(module: Any, case: Case) -> Callable[..., Any]:
-    def norm(params: Tree, x: Array, y: Array) -> Array:
-        gradient = jax.grad(lambda p: costs(module, p, x[None], y[None])[0])(params)
-        return jnp.sqrt(sum((g**2).sum() for g in jax.tree.leaves(gradient)))
+def gradient_of_one(module: Any) -> Callable[..., Tree]:
+    return jax.grad(lambda params, x, y: costs(module, params, x[None], y[None])[0])
 
-    if case.at_once is None:
-        return jax.vmap(norm, (None, 0, 0))
-    return lambda params, *batch: lax.map(
-        lambda xy: norm(params, *xy), batch, batch_size=case.at_once
-    )
+
+def norm(gradient: Tree) -> Array:
+    return jnp.sqrt(sum((g**2).sum() for g in jax.tree.leaves(gradient)))
+
+
+def norms_by_vmap(module: Any, case: Case, some: int | None) -> Callable[..., Any]:
+    def of_one(params: Tree, x: Array, y: Array) -> Array:
+        return norm(gradient_of_one(module)(params, x, y))
+
+    if some is None:
+        return jax.vmap(of_one, (None, 0, 0))
+    return lambda params, *batch: lax.map(lambda xy: of_one(params, *xy), batch, batch_size=some)
+
+
+def clipped_by_vmap(module: Any, case: Case, some: int | None) -> Callable[..., Any]:
+    def of_some(params: Tree, x: Array, y: Array) -> Tree:
+        each = jax.vmap(gradient_of_one(module), (None, 0, 0))(params, x, y)
+        weights = jnp.minimum(1, MAX_NORM / jax.vmap(norm)(each)) / case.batch
+        return jax.tree.map(lambda g: jnp.tensordot(weights, g, 1), each)
+
+    def clipped(params: Tree, *batch: Array) -> Tree:
+        parts = jax.tree.map(lambda a: a.reshape(-1, some, *a.shape[1:]), batch)
+        zeros = jax.tree.map(jnp.zeros_like, params)
+
+        def add(sums: Tree, batch: tuple[Array, Array]) -> tuple[Tree, None]:
+            return jax.tree.map(jnp.add, sums, of_some(params, *batch)), None
+
+        return lax.scan(add, zeros, parts)[0]
+
+    return clipped if some else of_some
 
 
 def by_jax_privacy(module: Any, case: Case) -> Callable[..., Any]:
@@ -152,8 +207,25 @@ def by_jax_privacy(module: Any, case: Case) -> Callable[..., Any]:
         l2_clip_norm=MAX_NORM,
         batch_argnums=(1, 2),
         normalize_by=case.batch,
-        microbatch_size=case.at_once,
+        microbatch_size=None if case.all_at_once else case.batch // 8,
     )
+
+
+def tagger_by_opacus() -> tuple:
+    import torch
+
+    class Tagger(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed = torch.nn.Embedding(32_000, 128)
+            self.hidden, self.last = torch.nn.Linear(128, 256), torch.nn.Linear(256, 10)
+
+        def forward(self, ids):
+            return self.last(torch.relu(self.hidden(self.embed(ids)))).mean(1)
+
+    torch.manual_seed(0)
+    ids, y = torch.randint(0, 32_000, (64, 32)), torch.randint(0, 10, (64,))
+    return ghost_clipping(Tagger(), ids, y)
 
 
 def stacked(layers: int) -> Row:
@@ -191,84 +263,3 @@ def stacked(layers: int) -> Row:
             ),
         ],
     )
-
-
-# ---- the modules
-
-
-def mlp() -> Any:
-    from flax import linen as nn
-
-    layers = [layer for _ in range(3) for layer in (nn.Dense(512), nn.relu)]
-    return nn.Sequential([*layers, nn.Dense(10)])
-
-
-def tagger() -> Any:
-    from flax import linen as nn
-
-    return nn.Sequential(
-        [nn.Embed(32_000, 128), nn.Dense(256), nn.relu, nn.Dense(10), lambda z: z.mean(1)]
-    )
-
-
-def lstm() -> Any:
-    from flax import linen as nn
-
-    return nn.Sequential([nn.RNN(nn.OptimizedLSTMCell(256)), lambda h: h[:, -1], nn.Dense(10)])
-
-
-def cnn() -> Any:
-    from flax import linen as nn
-
-    layers = [
-        layer
-        for features in (16, 32)
-        for layer in (nn.Conv(features, (3, 3), strides=(2, 2)), nn.GroupNorm(4), nn.relu)
-    ]
-    return nn.Sequential([*layers, lambda h: h.reshape(len(h), -1), nn.Dense(10)])
-
-
-def block(width: int, heads: int, *, causal: bool) -> Any:
-    from flax import linen as nn
-
-    class Block(nn.Module):
-        @nn.compact
-        def __call__(self, h: Array) -> Array:
-            mask = nn.make_causal_mask(jnp.ones(h.shape[:2])) if causal else None
-            a = nn.LayerNorm()(h)
-            h = h + nn.MultiHeadDotProductAttention(heads)(a, a, mask=mask)
-            hidden = nn.gelu(nn.Dense(4 * width)(nn.LayerNorm()(h)))
-            return h + nn.Dense(width)(hidden)
-
-    return Block()
-
-
-def vit() -> Any:
-    from flax import linen as nn
-
-    class ViT(nn.Module):
-        @nn.compact
-        def __call__(self, x: Array) -> Array:
-            where = self.param("positions", nn.initializers.normal(0.02), (x.shape[1], 384))
-            h = nn.Dense(384)(x) + where
-            for _ in range(4):
-                h = block(384, 6, causal=False)(h)
-            return nn.Dense(10)(nn.LayerNorm()(h)[:, 0])
-
-    return ViT()
-
-
-def gpt(words: int, width: int, layers: int) -> Any:
-    from flax import linen as nn
-
-    class GPT(nn.Module):
-        @nn.compact
-        def __call__(self, ids: Array) -> Array:
-            table = nn.Embed(words, width)
-            where = self.param("positions", nn.initializers.normal(0.02), (ids.shape[1], width))
-            h = table(ids) + where
-            for _ in range(layers):
-                h = block(width, 4, causal=True)(h)
-            return table.attend(nn.LayerNorm()(h))
-
-    return GPT()
