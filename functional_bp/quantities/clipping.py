@@ -112,6 +112,7 @@ def clipped_grad(
         raise ModelError(f"recursions: takes 1 or 2, got {recursions}")
     flag("has_aux", has_aux)
 
+    @jax.jit  # traced once, for here and for what is done where an example is not finite
     def clipped(batch: Batch) -> tuple[tuple[Tree, Array], Tree, Array]:
         """Σₙ cₙ gₙ and Σₙ wₙ Cₙ; the norms of each group; which examples are finite."""
         r = batch.recursion(cost)
