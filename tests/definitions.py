@@ -146,3 +146,38 @@ def check_equal(given, wanted, within=1e-10):
             assert a.shape == b.shape, (what, i)
             largest = jnp.maximum(jnp.abs(b).max(), 1e-300)
             assert jnp.abs(a - b).max() <= within * largest, (what, i)
+
+
+def first_order(model, loss, v, params, x, y, **options):
+    """What is asked of the first derivatives of a model and its loss, or of a cost and None."""
+
+    def of(quantity, *more, **how):
+        return quantity(model, loss, **options, **how)(params, x, y, *more)
+
+    return {
+        "gradient": of(bp.grad),
+        "each": of(bp.per_example_grads),
+        "norms": of(bp.per_example_grad_norms),
+        "Gram": of(bp.grad_gram),
+        "dots": of(bp.grad_dots, v),
+        "second moment": of(bp.grad_second_moment),
+        "clipped": of(bp.clipped_grad, max_norm=0.5),
+    }
+
+
+def first_order_by_vmap(cost, v, trained, x, y):
+    """The same of ``cost(trained, x, y)``, by its gradients one by one."""
+    each = jax.vmap(jax.grad(cost), (None, 0, 0))(trained, x, y)
+    n = len(jax.tree.leaves(x)[0])
+    flat = jnp.concatenate([g.reshape(n, -1) for g in jax.tree.leaves(each)], 1)
+    norms = jnp.sqrt((flat**2).sum(1))
+    shrunk = jnp.minimum(1, 0.5 / norms)
+    return {
+        "gradient": jax.tree.map(lambda g: g.mean(0), each),
+        "each": each,
+        "norms": norms,
+        "Gram": flat @ flat.T,
+        "dots": flat @ jnp.concatenate([leaf.ravel() for leaf in jax.tree.leaves(v)]),
+        "second moment": jax.tree.map(lambda g: (g**2).mean(0), each),
+        "clipped": jax.tree.map(lambda g: jnp.einsum("n...,n->...", g, shrunk) / n, each),
+    }

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from definitions import check_equal, direction
+from definitions import check_equal, direction, first_order, first_order_by_vmap
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import lax
@@ -324,43 +324,20 @@ def _same(x, w):
 
 def quantities(model, loss, params, x, y, hessian=True, **options):
     """What is asked of a model and its loss, or of a cost and None."""
-
-    def of(quantity, *more, **how):
-        return quantity(model, loss, **options, **how)(params, x, y, *more)
-
-    def clipped(**how):
-        return of(bp.clipped_grad, max_norm=0.5, **how)
-
-    return {
-        "gradient": of(bp.grad),
-        "each": of(bp.per_example_grads),
-        "norms": of(bp.per_example_grad_norms),
-        "Gram": of(bp.grad_gram),
-        "dots": of(bp.grad_dots, direction(params)),
-        "second moment": of(bp.grad_second_moment),
-        "clipped": clipped(),
-        "clipped, two recursions": clipped(recursions=2),
-        "Hessian": of(bp.hvp, direction(params)) if hessian else (),
+    v = direction(params)
+    hvp, two = bp.hvp(model, loss, **options), {"max_norm": 0.5, "recursions": 2}
+    return first_order(model, loss, v, params, x, y, **options) | {
+        "clipped, two recursions": bp.clipped_grad(model, loss, **two, **options)(params, x, y),
+        "Hessian": hvp(params, x, y, v) if hessian else (),
     }
 
 
 def definitions(cost, params, x, y, hessian=True):
-    each = jax.vmap(jax.grad(cost), (None, 0, 0))(params, x, y)
-    flat = jnp.concatenate([g.reshape(N, -1) for g in jax.tree.leaves(each)], 1)
     v = direction(params)
-    norms = jnp.sqrt((flat**2).sum(1))
-    shrunk = jnp.minimum(1, 0.5 / norms)
-    clipped = jax.tree.map(lambda g: jnp.einsum("n...,n->...", g, shrunk) / N, each)
+    found = first_order_by_vmap(cost, v, params, x, y)
     mean = jax.grad(lambda p: jax.vmap(cost, (None, 0, 0))(p, x, y).mean())
-    return {
-        "gradient": jax.tree.map(lambda g: g.mean(0), each),
-        "each": each,
-        "norms": norms,
-        "Gram": flat @ flat.T,
-        "dots": flat @ jnp.concatenate([leaf.ravel() for leaf in jax.tree.leaves(v)]),
-        "second moment": jax.tree.map(lambda g: (g**2).mean(0), each),
-        "clipped": clipped,
-        "clipped, two recursions": clipped,
+    return found | {
+        "clipped, two recursions": found["clipped"],
         "Hessian": jax.grad(lambda p: optax.tree.vdot(mean(p), v))(params) if hessian else (),
     }
 
