@@ -223,50 +223,25 @@ def write_characters(path: Path, characters: list[str]) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    it = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    it = options.Parser(__doc__)
     it.add_argument(
         "--text",
         type=Path,
         metavar="FILE",
         help="learn this text, in UTF-8 (default: the topics of Python's help())",
     )
-    it.add_argument(
-        "--out",
-        type=options.folder,
-        metavar="DIR",
-        default="out",
-        help="folder for the checkpoints (default: %(default)s)",
-    )
-    it.add_argument(
-        "--resume",
-        action="store_true",
-        help="go on from the latest checkpoint in the output folder; a run without this option "
-        "deletes the checkpoints there and begins anew",
-    )
+    it.resumes("checkpoints")
     it.add_argument("--cell", choices=list(CELLS), default="lstm", help="(default: %(default)s)")
-    for name, default, most, meaning in (
-        ("--units", 352, 10**4, "of the recurrent layer"),
-        ("--epochs", 2, 10**4, "times to go through the text"),
-        ("--batch-size", 32, 10**6, "windows for one step"),
-        ("--length", 64, 10**6, "characters of a window"),
-        ("--sample", 600, 10**6, "characters to write at the end"),
+    for name, kind, default, meaning in (
+        ("--units", options.whole(up_to=10**4), 352, "of the recurrent layer"),
+        ("--epochs", options.whole(up_to=10**4), 2, "times to go through the text"),
+        ("--batch-size", options.whole(up_to=10**6), 32, "windows for one step"),
+        ("--length", options.whole(up_to=10**6), 64, "characters of a window"),
+        ("--sample", options.whole(up_to=10**6), 600, "characters to write at the end"),
+        ("--seed", options.seed, 0, "of weights, windows and samples"),
     ):
-        it.add_argument(
-            name,
-            type=options.whole(up_to=most),
-            metavar="N",
-            default=default,
-            help=f"{meaning} (default: %(default)s)",
-        )
-    it.add_argument(
-        "--seed",
-        type=options.seed,
-        metavar="N",
-        default=0,
-        help="of weights, windows and samples (default: %(default)s)",
-    )
+        meaning += " (default: %(default)s)"
+        it.add_argument(name, type=kind, metavar="N", default=default, help=meaning)
     it.add_argument(
         "--temperature",
         type=options.number(above=1e-3, up_to=1e3),

@@ -33,7 +33,6 @@ Prints a line now and then, and draws accuracy against ε for several σ, beside
 without privacy. (Abadi et al. 2016, "Deep learning with differential privacy".)
 """
 
-import argparse
 import itertools
 import secrets
 
@@ -42,11 +41,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import options
+import pictures
 from dp_accounting import NeighboringRelation
 from dp_accounting.pld import privacy_loss_distribution
 from jax import lax
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 
 import functional_bp as bp
 
@@ -56,51 +54,31 @@ LINES = 12  # printed in a run
 
 
 def parser():
-    it = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    it.add_argument(
-        "--noise",
-        # Below, ε is in the hundreds, and the accountant takes minutes to say so.
-        type=options.number(above=0.2, up_to=1e6),
-        nargs="+",
-        default=[2.0, 4.0, 8.0],
-        metavar="SIGMA",
-        help="noise multipliers, one run each (2 4 8)",
-    )
-    it.add_argument(
-        "--rate",
-        # A uniform number has 23 bits, so a rate far smaller would be drawn as a greater one.
-        type=options.number(above=1e-3, up_to=1),
-        default=0.25,
-        help="q, the sampling rate (%(default)s)",
-    )
-    it.add_argument(
-        "--max-norm", type=options.number(up_to=1e6), default=1.0, help="C (%(default)s)"
-    )
-    it.add_argument(
-        "--delta",
-        # The accountant leaves out the last e⁻⁵⁰ of probability: far below that it finds no ε.
-        type=options.number(above=1e-15, below=1),
-        default=1e-4,
-        help="δ, well below 1 / N (%(default)s)",
-    )
-    it.add_argument(
-        "--steps", type=options.whole(), default=240, help="steps of a run (%(default)s)"
-    )
-    it.add_argument(
-        "--learning-rate", type=options.number(), default=0.02, help="of Adam (%(default)s)"
-    )
+    it = options.Parser(__doc__)
+    sigmas = "noise multipliers, one run each (2 4 8)"
+    add_mechanism(it, nargs="+", default=[2.0, 4.0, 8.0], help=sigmas)
+    it.takes("--steps", options.whole(), 240, "steps of a run")
+    it.takes("--learning-rate", options.number(), 0.02, "of Adam")
     it.add_argument(
         "--seed",
         type=options.seed,
         help="only to repeat a demonstration: draws batches and noise from this number, and then "
         "nothing is private (default: a new key from the operating system for every run)",
     )
-    it.add_argument(
-        "--out", type=options.folder, default="out", help="folder for the picture (out)"
-    )
+    it.takes("--out", options.folder, "out", "folder for the picture")
     return it
+
+
+def add_mechanism(it, **noise):
+    """Adds the options of the mechanism and of its accountant; ``noise`` is what --noise has."""
+    # Below, ε is in the hundreds, and the accountant takes minutes to say so.
+    sigma = options.number(above=0.2, up_to=1e6)
+    it.add_argument("--noise", type=sigma, metavar="SIGMA", **noise)
+    # A uniform number has 23 bits, so a rate far smaller would be drawn as a greater one.
+    it.takes("--rate", options.number(above=1e-3, up_to=1), 0.25, "q, the sampling rate")
+    it.takes("--max-norm", options.number(up_to=1e6), 1.0, "C")
+    # The accountant leaves out the last e⁻⁵⁰ of probability: far below that it finds no ε.
+    it.takes("--delta", options.number(above=1e-15, below=1), 1e-4, "δ, well below 1 / N")
 
 
 def key_of_run(seed, run):
@@ -228,6 +206,17 @@ def epsilons(n, rate, rows, noise, delta, steps):
     return [max(pair) for pair in zip(for_larger(n), for_larger(n + 1))]
 
 
+def print_sampling(n, rate, rows, seed):
+    print(f"{n} images, each drawn with probability {rate:g}; {rows} rows in a batch")
+    if seed is not None:
+        print("--seed: whoever knows it can take the noise away; nothing below is private")
+
+
+def guarantee(epsilon, delta, seed):
+    secret = "" if seed is None else ", if the seed were secret"
+    return f"({epsilon:.3f}, {delta:g})-differentially private{secret}"
+
+
 def draw(curves, without, n, delta, path):
     import matplotlib.pyplot as plt
 
@@ -242,29 +231,23 @@ def draw(curves, without, n, delta, path):
     axes.set_title(f"DP-SGD on {n:,} handwritten digits")
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
-    figure.savefig(path, dpi=150)
-    print(f"wrote {path}")
+    pictures.save(figure, path)
 
 
 def main():
     args = parser().parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    x, y = load_digits(return_X_y=True)
-    x, x_test, y, y_test = train_test_split(
-        (x / 16).astype(np.float32), y.astype(np.int32), test_size=0.2, stratify=y, random_state=0
-    )
+    (x, y), held_out = pictures.digits(64)
     n, rows = len(x), rows_for(len(x), args.rate)
     model = bp.chain(bp.dense(64), bp.tanh, bp.dense(CLASSES))
     params = model.init(jax.random.key(0), x[0])  # public: of the image only its shape is used
     ends = sorted({round(args.steps * (i + 1) / LINES) for i in range(LINES)} - {0})
-    print(f"{n} images, each drawn with probability {args.rate:g}; {rows} rows in a batch")
-    if args.seed is not None:
-        print("--seed: whoever knows it can take the noise away; nothing below is private")
+    print_sampling(n, args.rate, rows, args.seed)
 
     def run(i, gradient):
         key = key_of_run(args.seed, i)
         optimizer = optax.adam(args.learning_rate)
-        return train(model, params, optimizer, gradient, key, (x, y), (x_test, y_test), ends)
+        return train(model, params, optimizer, gradient, key, (x, y), held_out, ends)
 
     print("without privacy")
     without = run(0, plain_gradient(model, args.rate, rows))[-1]
@@ -275,8 +258,7 @@ def main():
         accuracies = run(i, gradient)
         spent = epsilons(n, args.rate, rows, noise, args.delta, ends)
         curves.append((noise, spent, accuracies))
-        secret = "" if args.seed is None else ", if the seed were secret"
-        print(f"  ({spent[-1]:.3f}, {args.delta:g})-differentially private{secret}")
+        print(f"  {guarantee(spent[-1], args.delta, args.seed)}")
     draw(curves, without, n, args.delta, args.out / "dp_sgd.png")
 
 

@@ -13,7 +13,6 @@ weights. The batch is of held-out images: of the training images nothing is prin
     python examples/flax_private.py
 """
 
-import argparse
 import statistics
 import time
 
@@ -22,15 +21,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import jax_privacy
-import numpy as np
 import optax
 import options
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
+import pictures
 
 import functional_bp as bp
 
-IMAGES, HELD_OUT = 1437, 360  # of scikit-learn's 1,797
 LINES = 8  # printed in the training
 
 
@@ -50,63 +46,21 @@ class Network(nn.Module):
 
 
 def parser():
-    it = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    it.add_argument(
-        "--noise",
-        # Below, ε is in the hundreds, and the accountant takes minutes to say so.
-        type=options.number(above=0.2, up_to=1e6),
-        default=3.0,
-        metavar="SIGMA",
-        help="noise multiplier σ (%(default)s)",
-    )
-    it.add_argument(
-        "--rate",
-        type=options.number(above=1e-3, up_to=1),
-        default=0.25,
-        help="q, the sampling rate (%(default)s)",
-    )
-    it.add_argument(
-        "--max-norm", type=options.number(up_to=1e6), default=1.0, help="C (%(default)s)"
-    )
-    it.add_argument(
-        "--delta",
-        type=options.number(above=1e-15, below=1),
-        default=1e-4,
-        help="δ, well below 1 / N (%(default)s)",
-    )
-    it.add_argument("--steps", type=options.whole(), default=160, help="of training (%(default)s)")
-    it.add_argument(
-        "--learning-rate", type=options.number(), default=0.01, help="of Adam (%(default)s)"
-    )
-    it.add_argument(
-        "--width", type=options.whole(), default=16, help="channels at first (%(default)s)"
-    )
-    it.add_argument(
-        "--batch",
-        type=options.whole(up_to=HELD_OUT),
-        default=256,
-        help="examples of the comparison (%(default)s)",
-    )
-    it.add_argument(
-        "--microbatch",
-        type=options.whole(),
-        default=16,
-        help="of them at a time, a divisor of their number (%(default)s)",
-    )
-    it.add_argument(
-        "--calls", type=options.whole(), default=15, help="timed calls of each (%(default)s)"
-    )
+    it = options.Parser(__doc__)
+    dp_sgd.add_mechanism(it, default=3.0, help="noise multiplier σ (%(default)s)")
+    it.takes("--steps", options.whole(), 160, "of training")
+    it.takes("--learning-rate", options.number(), 0.01, "of Adam")
+    it.takes("--width", options.whole(), 16, "channels at first")
+    it.takes("--batch", options.whole(up_to=pictures.HELD_OUT), 256, "examples of the comparison")
+    it.takes("--microbatch", options.whole(), 16, "of them at a time, a divisor of their number")
+    it.takes("--calls", options.whole(), 15, "timed calls of each")
     it.add_argument(
         "--seed",
         type=options.seed,
         help="only to repeat a demonstration: then nothing is private (default: a new key from the "
         "operating system)",
     )
-    it.add_argument(
-        "--out", type=options.folder, default="out", help="folder for the picture (out)"
-    )
+    it.takes("--out", options.folder, "out", "folder for the picture")
     return it
 
 
@@ -194,8 +148,7 @@ def draw(costs, ends, accuracies, said, path):
     axes[2].grid(alpha=0.3)
     axes[2].text(0.97, 0.05, said, transform=axes[2].transAxes, ha="right")
     figure.suptitle("The clipped gradient of one Flax network, and its private training")
-    figure.savefig(path, dpi=150)
-    print(f"wrote {path}")
+    pictures.save(figure, path)
 
 
 def main():
@@ -203,11 +156,7 @@ def main():
     if args.batch % args.microbatch:
         parser().error(f"--microbatch: takes a divisor of {args.batch}, got {args.microbatch}")
     args.out.mkdir(parents=True, exist_ok=True)
-    x, y = load_digits(return_X_y=True)
-    x, x_test, y, y_test = train_test_split(
-        (x / 16).astype(np.float32).reshape(-1, 8, 8, 1), y.astype(np.int32), train_size=IMAGES,
-        stratify=y, random_state=0,
-    )  # fmt: skip
+    (x, y), held_out = pictures.digits(8, 8, 1)
     module = Network(args.width)
     model = bp.from_flax(module)
     params = model.init(jax.random.key(0), x[0])  # public: of the image only its shape is used
@@ -221,28 +170,20 @@ def main():
             model, dp_sgd.LOSS, max_norm, normalize_by=batch, microbatch=at_a_time
         )
         functions[f"jax-privacy ({said})"] = by_jax_privacy(module, max_norm, batch, at_a_time)
-    norms = jax.jit(bp.per_example_grad_norms(model, dp_sgd.LOSS))(
-        params, x_test[:batch], y_test[:batch]
-    )
+    compared = [array[:batch] for array in held_out]
+    norms = jax.jit(bp.per_example_grad_norms(model, dp_sgd.LOSS))(params, *compared)
     print(
         f"clipped gradient of {batch} held-out images, {(norms > max_norm).sum()} of them clipped"
     )
-    costs = compare(functions, params, x_test[:batch], y_test[:batch], args.calls)
+    costs = compare(functions, params, *compared, args.calls)
 
-    rows = dp_sgd.rows_for(IMAGES, args.rate)
-    print(f"{IMAGES} images, each drawn with probability {args.rate:g}; {rows} rows in a batch")
-    if args.seed is not None:
-        print("--seed: whoever knows it can take the noise away; nothing below is private")
-    gradient = dp_sgd.private_gradient(model, IMAGES, args.rate, rows, max_norm, args.noise)
-    data, held_out = (x, y), (x_test, y_test)
-    ends, accuracies = train(model, params, gradient, data, held_out, args)
-    [epsilon] = dp_sgd.epsilons(IMAGES, args.rate, rows, args.noise, args.delta, [args.steps])
+    n, rows = len(x), dp_sgd.rows_for(len(x), args.rate)
+    dp_sgd.print_sampling(n, args.rate, rows, args.seed)
+    gradient = dp_sgd.private_gradient(model, n, args.rate, rows, max_norm, args.noise)
+    ends, accuracies = train(model, params, gradient, (x, y), held_out, args)
+    [epsilon] = dp_sgd.epsilons(n, args.rate, rows, args.noise, args.delta, [args.steps])
     draw(costs, ends, accuracies, f"ε = {epsilon:.2f}", args.out / "flax_private.png")
-    secret = "" if args.seed is None else ", if the seed were secret"
-    print(
-        f"held out {accuracies[-1]:.2%}, ({epsilon:.3f}, {args.delta:g})-differentially private"
-        f"{secret}"
-    )
+    print(f"held out {accuracies[-1]:.2%}, {dp_sgd.guarantee(epsilon, args.delta, args.seed)}")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ K-FAC's time, which is that of the compiled steps alone. Prints a line an epoch 
 training loss against epochs and against seconds.
 """
 
-import argparse
 import time
 
 import jax
@@ -14,33 +13,20 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import options
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
+import pictures
 
 import functional_bp as bp
 
 LOSS = bp.losses.softmax_cross_entropy
 WIDTHS = (128, 64, 32, 64, 128)
-IMAGES = 1437  # to learn from; the rest of scikit-learn's 1,797 is held out
 
 
 def parser():
-    it = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    it.add_argument("--epochs", type=options.whole(), default=12, help="of K-FAC (%(default)s)")
-    it.add_argument(
-        "--batch",
-        type=options.whole(up_to=IMAGES),
-        default=128,
-        help="examples in a batch (%(default)s)",
-    )
-    it.add_argument(
-        "--seed", type=options.seed, default=0, help="of split, weights and batches (%(default)s)"
-    )
-    it.add_argument(
-        "--out", type=options.folder, default="out", help="folder for the picture (out)"
-    )
+    it = options.Parser(__doc__)
+    it.takes("--epochs", options.whole(), 12, "of K-FAC")
+    it.takes("--batch", options.whole(up_to=pictures.IMAGES), 128, "examples in a batch")
+    it.takes("--seed", options.seed, 0, "of split, weights and batches")
+    it.takes("--out", options.folder, "out", "folder for the picture")
     return it
 
 
@@ -99,23 +85,17 @@ def draw(curves, path):
     for axis in axes:
         axis.grid(alpha=0.3)
     axes[0].legend()
-    figure.savefig(path, dpi=150)
-    print(f"wrote {path}")
+    pictures.save(figure, path)
 
 
 def main():
     args = parser().parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    x, y = load_digits(return_X_y=True)
-    x, x_test, y, y_test = train_test_split(
-        (x / 16).astype(np.float32), y.astype(np.int32), train_size=IMAGES, stratify=y,
-        random_state=args.seed,
-    )  # fmt: skip
-    data, held_out = (x, y), (x_test, y_test)
+    data, held_out = pictures.digits(64, seed=args.seed)
     model = bp.chain(
         *(layer for width in WIDTHS for layer in (bp.dense(width), bp.tanh)), bp.dense(10)
     )
-    params = model.init(jax.random.key(args.seed), x[0])
+    params = model.init(jax.random.key(args.seed), data[0][0])
     batch = jax.tree.map(lambda leaf: leaf[: args.batch], data)
     optimizers = {
         "K-FAC": bp.kfac(model, LOSS, 0.3, batch=batch),

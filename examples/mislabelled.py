@@ -21,51 +21,30 @@ and draws that for every number looked at, and the most suspicious images.
     python examples/mislabelled.py
 """
 
-import argparse
-
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import options
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
+import pictures
 
 import functional_bp as bp
 
 LOSS = bp.losses.softmax_cross_entropy
-IMAGES = 1437  # to learn from; the rest of scikit-learn's 1,797 is held out
 SHOWN = 10  # images of each ranking
 NORM, AGAINST, HARM = "gradient norm", "against the held-out gradient", "harm to held-out images"
 
 
 def parser():
-    it = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    it.add_argument(
-        "--wrong",
-        type=options.number(above=1e-3, up_to=0.5),
-        default=0.05,
-        help="the part of the labels that is made wrong (%(default)s)",
-    )
-    it.add_argument("--epochs", type=options.whole(), default=16, help="of training (%(default)s)")
-    it.add_argument(
-        "--width", type=options.whole(), default=16, help="channels at first (%(default)s)"
-    )
-    it.add_argument(
-        "--learning-rate", type=options.number(), default=2e-3, help="of Adam (%(default)s)"
-    )
-    it.add_argument(
-        "--seed",
-        type=options.seed,
-        default=0,
-        help="of split, wrong labels, weights and batches (%(default)s)",
-    )
-    it.add_argument(
-        "--out", type=options.folder, default="out", help="folder for the picture (out)"
-    )
+    it = options.Parser(__doc__)
+    part = options.number(above=1e-3, up_to=0.5)
+    it.takes("--wrong", part, 0.05, "the part of the labels that is made wrong")
+    it.takes("--epochs", options.whole(), 16, "of training")
+    it.takes("--width", options.whole(), 16, "channels at first")
+    it.takes("--learning-rate", options.number(), 2e-3, "of Adam")
+    it.takes("--seed", options.seed, 0, "of split, wrong labels, weights and batches")
+    it.takes("--out", options.folder, "out", "folder for the picture")
     return it
 
 
@@ -140,18 +119,13 @@ def draw(scores, images, given, right, path):
             axis.set_title(said, fontsize=9, color="C3" if planted[i] else "black")
         row[0].set_ylabel(name, fontsize=8)
     below.suptitle("The most suspicious images; red where the label was made wrong", fontsize=11)
-    figure.savefig(path, dpi=150)
-    print(f"wrote {path}")
+    pictures.save(figure, path)
 
 
 def main():
     args = parser().parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    x, y = load_digits(return_X_y=True)
-    x, x_test, right, y_test = train_test_split(
-        (x / 16).astype(np.float32).reshape(-1, 1, 8, 8), y.astype(np.int32), train_size=IMAGES,
-        stratify=y, random_state=args.seed,
-    )  # fmt: skip
+    (x, right), held_out = pictures.digits(1, 8, 8, seed=args.seed)
     given, planted = with_errors(np.random.default_rng(args.seed), right, args.wrong)
     k = int(planted.sum())
     model, params = bp.from_equinox(network(jax.random.key(args.seed), args.width))
@@ -165,9 +139,9 @@ def main():
 
     print(
         f"{k} of {len(x)} labels are wrong; learned {accuracy(x, given):.2%} of the given labels, "
-        f"{accuracy(x_test, y_test):.2%} held out"
+        f"{accuracy(*held_out):.2%} held out"
     )
-    scores = suspicions(model, params, (x, given), (x_test, y_test))
+    scores = suspicions(model, params, (x, given), held_out)
     found = {name: int(planted[np.argsort(-s)[:k]].sum()) for name, s in scores.items()}
     for name, count in found.items():
         print(f"  {name:<30} {count:4d} of {k} wrong labels among the {k} most suspicious")

@@ -20,20 +20,16 @@ Prints a line at every measurement, and draws B of every group over the steps.
     python examples/noise_scale.py
 """
 
-import argparse
-
 import flax.linen as nn
 import jax
 import numpy as np
 import optax
 import options
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
+import pictures
 
 import functional_bp as bp
 
 LOSS = bp.losses.softmax_cross_entropy
-IMAGES = 1437  # to learn from; the rest of scikit-learn's 1,797 is held out
 GROUPS = {  # by what the modules are called
     "embedding": ("embed", "positions"),
     "attention": ("attention",),
@@ -66,33 +62,16 @@ class Transformer(nn.Module):
 
 
 def parser():
-    it = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    for name, default, meaning in (
-        ("--features", 8, "of each of the four heads"),
-        ("--blocks", 2, "of attention and MLP"),
-        ("--steps", 300, "of training"),
-        ("--measurements", 16, "of B, more of them at first"),
-    ):
-        it.add_argument(
-            name, type=options.whole(), default=default, help=f"{meaning} (%(default)s)"
-        )
-    it.add_argument(
-        "--batch",
-        type=options.whole(up_to=IMAGES),
-        default=64,
-        help="examples in a batch of the training (%(default)s)",
-    )
-    it.add_argument(
-        "--learning-rate", type=options.number(), default=2e-3, help="of Adam (%(default)s)"
-    )
-    it.add_argument(
-        "--seed", type=options.seed, default=0, help="of split, weights and batches (%(default)s)"
-    )
-    it.add_argument(
-        "--out", type=options.folder, default="out", help="folder for the picture (out)"
-    )
+    it = options.Parser(__doc__)
+    it.takes("--features", options.whole(), 8, "of each of the four heads")
+    it.takes("--blocks", options.whole(), 2, "of attention and MLP")
+    it.takes("--steps", options.whole(), 300, "of training")
+    it.takes("--measurements", options.whole(), 16, "of B, more of them at first")
+    size = options.whole(up_to=pictures.IMAGES)
+    it.takes("--batch", size, 64, "examples in a batch of the training")
+    it.takes("--learning-rate", options.number(), 2e-3, "of Adam")
+    it.takes("--seed", options.seed, 0, "of split, weights and batches")
+    it.takes("--out", options.folder, "out", "folder for the picture")
     return it
 
 
@@ -172,20 +151,15 @@ def draw(steps, curves, batch, path):
     axes.set_title("Gradient noise of a transformer, by groups of parameters")
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(path, dpi=150)
-    print(f"wrote {path}")
+    pictures.save(figure, path)
 
 
 def main():
     args = parser().parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    x, y = load_digits(return_X_y=True)
-    x, x_test, y, y_test = train_test_split(
-        (x / 16).astype(np.float32).reshape(-1, 8, 8), y.astype(np.int32), train_size=IMAGES,
-        stratify=y, random_state=args.seed,
-    )  # fmt: skip
+    data, held_out = pictures.digits(8, 8, seed=args.seed)
     module = Transformer(args.features, args.blocks)
-    steps, curves = train(module, args, (x, y), (x_test, y_test))
+    steps, curves = train(module, args, data, held_out)
     draw(steps, curves, args.batch, args.out / "noise_scale.png")
     before, after = curves[TOGETHER][[0, -1]]
     groups = {name: curves[name][-1] for name in GROUPS}

@@ -1,4 +1,4 @@
-"""What the examples take on their command lines: each function is a ``type=`` for argparse."""
+"""What the examples take on their command lines: a parser, and what is a ``type=`` of argparse."""
 
 from __future__ import annotations
 
@@ -6,6 +6,35 @@ import argparse
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+
+class Parser(argparse.ArgumentParser):
+    """Describes an example by its docstring, line for line."""
+
+    def __init__(self, docstring: str | None) -> None:
+        super().__init__(
+            description=docstring, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+
+    def takes(self, option: str, kind: Callable[[str], Any], default: Any, meaning: str) -> None:
+        self.add_argument(option, type=kind, default=default, help=f"{meaning} (%(default)s)")
+
+    def resumes(self, kept: str) -> None:
+        """Adds ``--out``, a folder for what is kept, and ``--resume`` from its checkpoints."""
+        self.add_argument(
+            "--out",
+            type=folder,
+            metavar="DIR",
+            default="out",
+            help=f"folder for the {kept} (default: %(default)s)",
+        )
+        self.add_argument(
+            "--resume",
+            action="store_true",
+            help="go on from the latest checkpoint in the output folder; a run without this option "
+            "deletes the checkpoints there and begins anew",
+        )
 
 
 def whole(least: int = 1, up_to: float = math.inf) -> Callable[[str], int]:

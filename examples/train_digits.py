@@ -25,9 +25,8 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import BoundaryNorm, ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from options import folder, number, seed, whole
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
+from options import Parser, folder, number, seed, whole
+from pictures import digits
 
 import functional_bp as bp
 
@@ -66,11 +65,7 @@ def load(data: Path | None) -> tuple[Examples, Examples]:
     """Examples to learn from and held out: images (n, pixels) from 0 to 1, and labels (n,)."""
     if data is not None:
         return idx.load(data, "train"), idx.load(data, "t10k")
-    x, y = load_digits(return_X_y=True)
-    x, y = (x / 16).astype(np.float32), y.astype(np.int32)
-    split = train_test_split(x, y, test_size=0.2, stratify=y, random_state=5)  # others: 97 to 99 %
-    x_train, x_test, y_train, y_test = split
-    return (x_train, y_train), (x_test, y_test)
+    return digits(64, seed=5)  # others: 97 to 99 %
 
 
 def learn(train: Examples, held_out: Examples, options: argparse.Namespace) -> tuple[bp.Run, float]:
@@ -219,9 +214,7 @@ def save(figure: Figure, panels: list[Any], path: Path) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    it = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    it = Parser(__doc__)
     it.add_argument(
         "--data",
         type=folder,
@@ -229,35 +222,17 @@ def parser() -> argparse.ArgumentParser:
         help="learn MNIST or Fashion-MNIST from its four IDX files in DIR, plain or gzip "
         "(default: scikit-learn's digits)",
     )
-    it.add_argument(
-        "--out",
-        type=folder,
-        metavar="DIR",
-        default="out",
-        help="folder for the pictures and checkpoints (default: %(default)s)",
-    )
-    it.add_argument(
-        "--resume",
-        action="store_true",
-        help="go on from the latest checkpoint in the output folder; a run without this option "
-        "deletes the checkpoints there and begins anew",
-    )
-    for name, kind, default, meaning in (
-        ("--epochs", whole(), 20, "times to go through the training images"),
-        ("--batch-size", whole(), 32, "images for one step"),
-        ("--deep-steps", whole(), 400, "steps for which to train each of the two deep networks"),
-        ("--seed", seed, 0, "of the initial weights and the order of the images"),
+    it.resumes("pictures and checkpoints")
+    deep = "steps for which to train each of the two deep networks"
+    for name, kind, metavar, default, meaning in (
+        ("--epochs", whole(), "N", 20, "times to go through the training images"),
+        ("--batch-size", whole(), "N", 32, "images for one step"),
+        ("--deep-steps", whole(), "N", 400, deep),
+        ("--seed", seed, "N", 0, "of the initial weights and the order of the images"),
+        ("--learning-rate", number(), "R", 1e-3, "of Adam"),
     ):
-        it.add_argument(
-            name, type=kind, metavar="N", default=default, help=f"{meaning} (default: %(default)s)"
-        )
-    it.add_argument(
-        "--learning-rate",
-        type=number(),
-        metavar="R",
-        default=1e-3,
-        help="of Adam (default: %(default)s)",
-    )
+        meaning += " (default: %(default)s)"
+        it.add_argument(name, type=kind, metavar=metavar, default=default, help=meaning)
     return it
 
 

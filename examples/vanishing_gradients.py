@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from matplotlib.figure import Figure
-from options import folder, number, seed, whole
+from options import Parser, folder, number, seed, whole
 
 import functional_bp as bp
 
@@ -122,32 +122,17 @@ def draw(networks: dict[str, tuple[np.ndarray, np.ndarray, float]], path: Path) 
 
 
 def parser() -> argparse.ArgumentParser:
-    it = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    it.add_argument(
-        "--out",
-        type=folder,
-        metavar="DIR",
-        default="out",
-        help="folder for the picture (default: %(default)s)",
-    )
-    for name, kind, default, meaning in (
-        ("--length", whole(2), 60, "steps of a sequence"),
-        ("--units", whole(), 64, "of each network"),
-        ("--steps", whole(), 1500, "of training, each on 64 new sequences"),
-        ("--seed", seed, 0, "of weights and sequences"),
+    it = Parser(__doc__)
+    for name, kind, metavar, default, meaning in (
+        ("--out", folder, "DIR", "out", "folder for the picture"),
+        ("--length", whole(2), "N", 60, "steps of a sequence"),
+        ("--units", whole(), "N", 64, "of each network"),
+        ("--steps", whole(), "N", 1500, "of training, each on 64 new sequences"),
+        ("--seed", seed, "N", 0, "of weights and sequences"),
+        ("--learning-rate", number(), "R", 3e-3, "of Adam"),
     ):
-        it.add_argument(
-            name, type=kind, metavar="N", default=default, help=f"{meaning} (default: %(default)s)"
-        )
-    it.add_argument(
-        "--learning-rate",
-        type=number(),
-        metavar="R",
-        default=3e-3,
-        help="of Adam (default: %(default)s)",
-    )
+        meaning += " (default: %(default)s)"
+        it.add_argument(name, type=kind, metavar=metavar, default=default, help=meaning)
     return it
 
 

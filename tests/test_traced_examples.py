@@ -74,8 +74,8 @@ def test_a_flax_network_is_trained_in_private_with_jax_privacys_gradient(example
         assert float(difference) < 1e-5 * largest
     assert [int(n) for n in re.findall(r"step +(\d+)   held out", out)] == [1, 2, 3]
     assert "--seed: whoever knows it" in out
-    rows = dp_sgd.rows_for(example.IMAGES, 0.25)
-    [epsilon] = dp_sgd.epsilons(example.IMAGES, 0.25, rows, 8.0, 1e-4, [3])
+    rows = dp_sgd.rows_for(example.pictures.IMAGES, 0.25)
+    [epsilon] = dp_sgd.epsilons(example.pictures.IMAGES, 0.25, rows, 8.0, 1e-4, [3])
     said = f"({epsilon:.3f}, 0.0001)-differentially private, if the seed were secret"
     assert out.splitlines()[-1].endswith(said)
 
@@ -102,11 +102,11 @@ def test_what_cannot_be_run_in_private_is_said_in_one_sentence(
 @pytest.mark.parametrize("example", ["mislabelled"], indirect=True)
 def test_wrong_labels_are_found_far_more_often_than_by_chance(example, ran):
     out = ran("--width", 4, "--epochs", 6, "--wrong", 0.1)
-    planted = round(0.1 * example.IMAGES)
-    assert out.startswith(f"{planted} of {example.IMAGES} labels are wrong; ")
+    planted = round(0.1 * example.pictures.IMAGES)
+    assert out.startswith(f"{planted} of {example.pictures.IMAGES} labels are wrong; ")
     lines = {line[:31].strip(): numbers(line[31:]) for line in out.splitlines() if line[0] == " "}
     assert list(lines) == [example.NORM, example.AGAINST, example.HARM, "chance"]
-    assert lines["chance"] == [round(planted**2 / example.IMAGES, 1)]
+    assert lines["chance"] == [round(planted**2 / example.pictures.IMAGES, 1)]
     for name, least in ((example.NORM, 0.5), (example.HARM, 0.5), (example.AGAINST, 0.2)):
         found, of, among = lines[name]
         assert of == among == planted and least * planted < found <= planted
