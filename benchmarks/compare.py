@@ -154,8 +154,8 @@ def _ratio(ours: list[float], theirs: list[float]) -> tuple[float, float, float]
 def _compiled(present: Sequence[tuple], budget: float) -> list[tuple[Any, Any, Any]]:
     """(program, trace seconds, compile seconds) of each candidate, medians of up to five.
 
-    Every time through a new function, which JAX's caches do not know, and by turns, so that no
-    candidate pays for what JAX prepares once in a process.
+    Every time through a function that was made anew, which JAX's caches do not know, and by turns,
+    so that no candidate pays for what JAX prepares once in a process.
     """
     programs: list[Any] = [None] * len(present)
     traces: list[list[float]] = [[] for _ in present]
@@ -167,6 +167,7 @@ def _compiled(present: Sequence[tuple], budget: float) -> list[tuple[Any, Any, A
         for i in random.sample(range(len(present)), len(present)):
             candidate, function, arguments = present[i]
             if candidate.jit:
+                function = candidate.make()[0] if turn else function
                 begin = time.perf_counter()
                 traced = jax.jit(lambda *a, f=function: f(*a)).trace(*arguments)
                 traced_at = time.perf_counter()

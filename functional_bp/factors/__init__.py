@@ -17,10 +17,12 @@ batch of gradients gₙ it stands for, by the cheapest route for its shapes:
     second_moment()  mean over n of gₙ²
     scaled(w)        the factors of wₙ gₙ
     columns(j, k)    the factors of the k columns of gₙ from column j on
+    examples(n, k)   the factors of the k examples from example n on
     as_outer()       the same gradients as Σ_t u_t v_tᵀ, where they are that
 
 Every array in a factored gradient has the examples on its first axis; a rule, which sees one
-example, builds one without that axis and ``vmap`` adds it.
+example, builds one without that axis and ``vmap`` adds it. (But a ``Stacked`` has its layers before
+it, and one array of an ``Along``, which functions alone have, is of all examples.)
 
 What is larger than the factors is made for some columns or positions at a time, and of all examples
 at once: a batch that is split among devices stays where it is. (A Gram matrix meets every pair of

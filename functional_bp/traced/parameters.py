@@ -114,8 +114,7 @@ def _back(
     plan: Plan, step: Step, values: Sequence[Value], given: Sequence[Factored | None]
 ) -> Passed:
     """The factors of a step's inputs, from those of its outputs."""
-    known = move(step.equation)
-    name, told = known or ("", {})
+    name, told = move(step.equation) or ("", {})
     at = _At(plan, step, values, told)
     if name == "split" and not step.maps:
         return _joined(at, given)
