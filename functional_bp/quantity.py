@@ -126,11 +126,6 @@ class Recursion:
         return self.cost.renew(self.params, self.residuals)
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["params", "x", "y", "weights", "key", "given"],
-    meta_fields=[],
-)
 @dataclass(frozen=True)
 class Batch:
     """A batch that a formula is asked of; ``given`` is what else it was told to need."""

@@ -112,9 +112,7 @@ def clipped_grad(
         raise ModelError(f"recursions: takes 1 or 2, got {recursions}")
     flag("has_aux", has_aux)
 
-    @jax.jit  # traced once, for here and for what is done where an example is not finite
-    def clipped(batch: Batch) -> tuple[tuple[Tree, Array], Tree, Array]:
-        """Σₙ cₙ gₙ and Σₙ wₙ Cₙ; the norms of each group; which examples are finite."""
+    def formula(batch: Batch) -> Results:
         r = batch.recursion(cost)
         kept = r.backward(r.ones, keep) if recursions == 1 else None
         squared = _asked(r, squared_norms, kept)
@@ -122,17 +120,20 @@ def clipped_grad(
         finite = _all_finite(norms)
         weights = jnp.where(finite, r.weights, 0)
         scales = _clipping_weights(norms, bound, weights / batch.given)
-        if recursions == 2 and per == "model":
-            sums = r.backward(scales, total)
-        else:
-            sums = _asked(r, _of_groups(scales, squared), kept)
-        return (sums, weights @ jnp.where(finite, r.costs, 0)), norms, finite
 
-    def formula(batch: Batch) -> Results:
-        sums, norms, finite = clipped(batch)
-        counted = jnp.where(finite, batch.weights, 0)
-        gradients, cost = _all_finite_sums(clipped, batch, sums, finite, counted)
-        return Results(gradients, (cost, counted.sum()), examples_first(norms))
+        def sums(r: Recursion, kept: Tree | None = None) -> tuple[Tree, Array]:
+            """Σₙ cₙ gₙ and Σₙ wₙ Cₙ."""
+            if kept is None and per == "model":
+                gradients = r.backward(scales, total)
+            else:
+                gradients = _asked(r, _of_groups(scales, squared), kept)
+            return gradients, weights @ jnp.where(finite, r.costs, 0)
+
+        def again(x: Tree, y: Tree) -> tuple[Tree, Array]:
+            return sums(dataclasses.replace(batch, x=x, y=y).recursion(cost))
+
+        gradients, cost_ = _all_finite_sums(again, batch, sums(r, kept), finite)
+        return Results(gradients, (cost_, weights.sum()), examples_first(norms))
 
     run = in_batches(cost, formula, microbatch)
 
@@ -155,20 +156,20 @@ def _asked(r: Recursion, contract: Tree, kept: Tree | None) -> Tree:
 
 
 def _all_finite_sums(
-    clipped: Callable[[Batch], Any], batch: Batch, sums: Tree, finite: Array, counted: Array
+    again: Callable[[Tree, Tree], Tree], batch: Batch, sums: Tree, finite: Array
 ) -> Tree:
     """The sums, over the finite examples alone.
 
     0 · NaN is NaN in Σₙ δₙ aₙᵀ, so a weight of 0 does not remove what is not finite: where there is
-    such an example, all is done once more with a finite one in its place (not zeros, at which a
+    such an example, they are made once more with a finite one in its place (not zeros, at which a
     model may be undefined). As a loop of no or one turn this keeps nothing alive for the case that
     almost never is.
     """
 
     def without(state: tuple[Tree, Array]) -> tuple[Tree, Array]:
         x, y = jax.tree.map(functools.partial(_replaced, finite), (batch.x, batch.y))
-        again, _, _ = clipped(dataclasses.replace(batch, x=x, y=y, weights=counted))
-        return jax.tree.map(functools.partial(_finite_sum, finite), again), jnp.array(True)
+        found = again(x, y)
+        return jax.tree.map(functools.partial(_finite_sum, finite), found), jnp.array(True)
 
     return lax.while_loop(lambda state: ~state[1], without, (sums, finite.all()))[0]
 
