@@ -184,9 +184,9 @@ def _compiled(present: Sequence[tuple], budget: float) -> list[tuple[Any, Any, A
 def _check_same(title: str, ready: Sequence[tuple]) -> None:
     """Also the call that warms every candidate up."""
     (_, ours, arguments), *others = ready
-    expected = jax.tree.leaves(ours(*arguments))
+    expected = jax.tree.leaves(jax.block_until_ready(ours(*arguments)))
     for candidate, function, arguments in others:
-        got = jax.tree.leaves(function(*arguments))
+        got = jax.tree.leaves(jax.block_until_ready(function(*arguments)))
         if candidate.same:
             assert len(got) == len(expected), f"{title}: {candidate.name} gives another tree"
             worst = max(map(_error, got, expected))

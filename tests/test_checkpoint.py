@@ -154,8 +154,10 @@ def test_a_process_killed_at_random_moments_ends_as_one_that_was_not(tmp_path):
     while len(kills) < 3:
         process = child(folder)
         steps.append(int(process.stdout.readline()))  # it trains
-        kills.append(random.uniform(0, 0.4))
-        time.sleep(kills[-1])
+        kills.append((random.randint(0, 6), random.uniform(0, 0.1)))  # in steps, and in seconds
+        for _ in range(kills[-1][0]):
+            process.stdout.readline()
+        time.sleep(kills[-1][1])
         process.send_signal(signal.SIGKILL)
         process.communicate()
         assert process.returncode == -signal.SIGKILL, f"it ended before the kill, {kills}, {steps}"
