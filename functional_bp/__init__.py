@@ -14,6 +14,7 @@ layer, ``recursion.py`` from the cost. Then bottom up:
     quantity        what every quantity shares
     quantities/     gradients, per-example quantities, moments, inner products, curvature
     training/       the loop, batches, history, checkpoints, files of parameters, K-FAC
+    views/          what a model is and what a pass computed: equations, tables, pictures
     testing/        proofs of one's own rules; nothing imports it
 
 A file imports only from files above it in this list.
@@ -72,7 +73,6 @@ from .quantities.moments import (
 from .quantities.per_example import per_example_grad_norms, per_example_grads
 from .recursion import init
 from .rules import rule
-from .summary import summary
 from .traced.explain import explain
 from .traced.function import from_function
 from .traced.libraries import from_equinox, from_flax, from_nnx
@@ -83,6 +83,10 @@ from .training.fit import fit
 from .training.history import History, Run
 from .training.kfac import kfac
 from .training.parameter_files import load_params, save_params
+from .views import pictures
+from .views.equations import equations
+from .views.inspection import Inspection, inspect
+from .views.summary import summary
 
 try:
     __version__ = version("functional_bp")
@@ -93,6 +97,7 @@ __all__ = [
     "Cell",
     "Equations",
     "History",
+    "Inspection",
     "Kronecker",
     "Layer",
     "ModelError",
@@ -114,6 +119,7 @@ __all__ = [
     "embedding",
     "empirical_ntk",
     "entry",
+    "equations",
     "evaluate",
     "explain",
     "factors",
@@ -143,6 +149,7 @@ __all__ = [
     "hvp",
     "identity",
     "init",
+    "inspect",
     "instance_norm",
     "kfac",
     "kronecker_factors",
@@ -159,6 +166,7 @@ __all__ = [
     "parallel",
     "per_example_grad_norms",
     "per_example_grads",
+    "pictures",
     "reglu",
     "relu",
     "repeat",

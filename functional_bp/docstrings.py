@@ -20,11 +20,18 @@ T = TypeVar("T")
 
 
 class Equations(NamedTuple):
-    """What a layer or a loss computes, one equation a line.
+    """What a layer or a loss computes, one equation a line, or several with two spaces between.
+
+    ``bp.equations`` writes those of a whole model. There ``x`` and ``y`` become what the layers
+    around call them, a parameter's symbol (W of ``weight``, b of ``bias``, s of ``scale``, else its
+    name) and δ take the number of their layer, and all other letters stay.
 
     Attributes:
       forward: its output, from its input and parameters.
       backward: ∂C/∂ its input and parameters, from ∂C/∂ its output.
+      x, y: what these equations call its input and its output.
+      latex: the same two texts in LaTeX, equation for equation and line by line, where a table of
+        symbols does not make them well.
 
     Example:
       >>> bp.tanh.equations.backward
@@ -33,32 +40,40 @@ class Equations(NamedTuple):
 
     forward: str
     backward: str
+    x: str = "x"
+    y: str = "y"
+    latex: tuple[str, str] | None = None
 
 
-def stated(what: str, value: Any) -> Equations | None:
-    """Equations from a pair of texts, forward and backward, or None."""
+def stated(what: str, value: Any, x: str = "x", y: str = "y") -> Equations | None:
+    """Equations from a pair of texts, forward and backward, about x and y; or as they are."""
     if value is None:
         return None
+    if isinstance(value, Equations) and all(isinstance(text, str) for text in value[:4]):
+        return value
     if not isinstance(value, tuple) or [type(text) for text in value] != [str, str]:
         raise ModelError(f"{what}: takes two texts, forward and backward, got {told(value)}")
-    return Equations(*value)
+    forward, backward = value
+    return Equations(forward, backward, x, y)
 
 
 def composed(doc: str, equations: Equations | tuple[str, str] | None) -> str:
     """A docstring: its first paragraph, the equations, and the rest."""
     first, _, rest = inspect.cleandoc(doc).partition("\n\n")
     parts = [first]
-    for title, text in zip(("Forward:", "Backward:"), equations or ()):
+    for title, text in zip(("Forward:", "Backward:"), equations[:2] if equations else ()):
         parts += [title, textwrap.indent(text, "    ")]
     return "\n\n".join(part for part in (*parts, rest) if part)
 
 
-def explained(forward: str, backward: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
-    """A function that makes layers or losses, with their equations.
+def explained(
+    forward: str, backward: str, *, x: str = "x", y: str = "y"
+) -> Callable[[Callable[P, T]], Callable[P, T]]:
+    """A function that makes layers or losses, with their equations, about x and y.
 
     They go into the function's docstring, and with it into every layer or loss that it makes.
     """
-    equations = Equations(inspect.cleandoc(forward), inspect.cleandoc(backward))
+    equations = Equations(inspect.cleandoc(forward), inspect.cleandoc(backward), x, y)
 
     def explained(make: Callable[P, T]) -> Callable[P, T]:
         doc = inspect.getdoc(make) or ""

@@ -95,7 +95,9 @@ class Layer:
       in_inference: the layer as it is at inference, where that is another.
       mirrored: for a recurrent layer, ``() -> `` the same one from the sequence's other end.
       parts, rebuild: for a combinator, its layers and the function that makes it from others.
+      unrolled: for a stack that is a scan, ``() -> `` the same one with a part for each layer.
       mixes_examples: the output of one example depends on the others of its batch.
+      elementwise: each number of its output depends on that of its input at its place alone.
       holds_deltas: its backward holds all its δ at once, whatever is asked of it.
       equations, doc: what ``help`` shows.
 
@@ -117,7 +119,9 @@ class Layer:
     mirrored: Callable[[], Layer] | None = None
     parts: tuple[Layer, ...] = ()
     rebuild: Callable[..., Layer] | None = None
+    unrolled: Callable[[], Layer] | None = None
     mixes_examples: bool = False
+    elementwise: bool = False
     holds_deltas: bool = False
     equations: Equations | tuple[str, str] | None = None
     doc: str = ""
@@ -126,11 +130,11 @@ class Layer:
         text("layer: name", self.name)
         for what in ("init", "forward", "backward", "renew", "is_state"):
             function(f"{self.name}: {what}", getattr(self, what))
-        for what in ("reference", "mirrored", "rebuild"):
+        for what in ("reference", "mirrored", "rebuild", "unrolled"):
             function(f"{self.name}: {what}", getattr(self, what), or_none=True)
         if self.in_inference is not None:
             a_layer(f"{self.name}: in_inference", self.in_inference)
-        for what in ("mixes_examples", "holds_deltas"):
+        for what in ("mixes_examples", "elementwise", "holds_deltas"):
             flag(f"{self.name}: {what}", getattr(self, what))
         text(f"{self.name}: doc", self.doc)
         object.__setattr__(self, "equations", stated(f"{self.name}: equations", self.equations))
@@ -206,6 +210,18 @@ def textbook(model: Layer) -> Layer:
             return reference(params, x, key), residuals
 
         return dataclasses.replace(layer, forward=forward, reference=None)
+
+    return model.on_layers(of_layer)
+
+
+def unrolled(model: Layer) -> Layer:
+    """The model with a part for each layer of its stacks, and no scan over them."""
+
+    def of_layer(layer: Layer, place: str) -> Layer:
+        if layer.unrolled is None:
+            return layer
+        flat = layer.unrolled()
+        return dataclasses.replace(flat, equations=layer.equations, doc=layer.doc)
 
     return model.on_layers(of_layer)
 

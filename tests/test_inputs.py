@@ -72,6 +72,11 @@ BAD = {
     "frozen of parameters": (3, "weight", {"weight": 1.0}, (True,)),
     "ties": (3, "weight", None, {"weight": "bias"}, {("weight",): 3}),
     "arrays": (3, "weight", None, (1.0, 2.0)),
+    "arrays or none": (3, "weight", (1.0, 2.0)),
+    "inspection": (3, "found", None, X),
+    "axes or none": (3, "axes"),
+    "history": (3, "history", None),
+    "norms": (3, "norms", None, X, [1j]),
     "part of arrays": (3, "weight", {"weight": 1}),
     "cell": (3, "lstm", None, bp.lstm(3)),
     "examples": ("x", None, 3, [1.0], X[0, 0]),
@@ -106,7 +111,9 @@ KINDS = {
     **dict.fromkeys(("sigma", "dsigma", "weight_init", "bias_init", "check"), "function"),
     **dict.fromkeys(("value", "delta", "local", "factors"), "function"),
     **dict.fromkeys(("init", "forward", "backward"), "function"),
-    **dict.fromkeys(("reference", "root", "sample", "mirrored", "rebuild"), "function or none"),
+    **dict.fromkeys(
+        ("reference", "root", "sample", "mirrored", "rebuild", "unrolled"), "function or none"
+    ),
     **dict.fromkeys(("features", "vocabulary", "hidden", "n", "size"), "whole from 1"),
     **dict.fromkeys(("inverse_every", "batch"), "whole from 1"),
     **dict.fromkeys(("microbatch", "samples", "truncate", "every"), "whole from 1 or none"),
@@ -122,7 +129,7 @@ KINDS = {
     "learning_rate": "rate or schedule",
     **dict.fromkeys(("bias", "of_output", "random", "batched", "renew", "has_aux"), "flag"),
     **dict.fromkeys(("reverse", "trained_state", "stop_on_nan", "progress", "resume"), "flag"),
-    **dict.fromkeys(("mixes_examples", "holds_deltas"), "flag"),
+    **dict.fromkeys(("mixes_examples", "elementwise", "holds_deltas"), "flag"),
     **dict.fromkeys(("per", "method", "fisher", "shared", "activation", "output"), "choice"),
     "name": "text",
     "entry": "text",
@@ -158,6 +165,10 @@ KINDS = {
     "noisy": "options or none",
     "rng": "text",
     "parts": "of one's own",
+    "found": "inspection",
+    "axes": "axes or none",
+    "history": "history",
+    "norms": "norms",
 }
 IN = {
     ("bidirectional", "forward"): "layer",
@@ -175,13 +186,16 @@ IN = {
     **dict.fromkeys((("init", "x"), ("init", "y")), "an example"),
     ("loss", "name"): "text or none",
     ("trainable", "frozen"): "frozen of parameters",
-    ("summary", "x"): "an example",
+    **dict.fromkeys((("summary", "x"), ("equations", "x")), "an example"),
+    ("equations", "params"): "arrays or none",
     ("check_layer", "x"): "an example",
     **dict.fromkeys((("check_layer", "seed"), ("check_model", "seed")), "whole from 0"),
     ("kronecker_factors", "samples"): "whole from 1",
     ("kfac", "batch"): "a batch",
     ("perplexity", "a"): "examples",
     ("fit", "params"): "arrays",
+    ("history", "rate"): "function or none",
+    ("norms", "max_norm"): "above 0 or none",
     ("check_model", "params"): "parameters",
 }
 
@@ -196,6 +210,8 @@ GOOD = {
     **{"like": PARAMS, "trained": PARAMS, "frozen": None, "x": X, "y": Y, "key": KEY},
     **{"optimizer": optax.sgd(0.1), "batches": [(X, Y)], "weights": np.ones(4), "v": PARAMS},
     **{"path": "no-such-folder/params.safetensors", "folder": "no-such-folder"},
+    **{"history": bp.History.of({}), "norms": np.ones(3)},
+    **{"found": bp.inspect(MODEL, LOSS)(PARAMS, X, Y)},
     **{"apply": a_function, "other": (PARAMS, X, Y), "a": np.ones((4, 3), np.float32)},
 }
 GOOD_IN = {
@@ -213,7 +229,16 @@ GOOD_IN = {
     ("empirical_ntk", "other"): X,
 }
 # Records, which functions fill; pytrees, through which JAX passes whatever it likes; modules.
-NOT_CALLED = {"History", "Run", "Kronecker", "ModelError", "Equations", "factors", "contractions"}
+NOT_CALLED = {
+    "History",
+    "Run",
+    "Kronecker",
+    "ModelError",
+    "Equations",
+    "Inspection",
+    "factors",
+    "contractions",
+}
 
 
 def public_functions():
@@ -225,7 +250,7 @@ def public_functions():
             for inner, function in vars(item).items():
                 ours = getattr(function, "__module__", "").startswith(item.__name__)
                 if inspect.isfunction(function) and ours and not inner.startswith("_"):
-                    yield inner, function
+                    yield f"{name}.{inner}" if hasattr(bp, inner) else inner, function
         else:
             yield name, item
 

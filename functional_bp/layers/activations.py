@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from ..checks import ModelError, described, flag, function, number, text
-from ..docstrings import Equations, explained
+from ..docstrings import Equations, explained, stated
 from ..layer import Layer, check_array, no_parameters
 from ..rules import rule
 
@@ -32,7 +32,7 @@ def activation(
     name: str | None = None,
     of_output: bool = False,
     reference: Callable[[Array], Array] | None = None,
-    equations: Equations | tuple[str, str] = ("a = σ(z)", "∂C/∂z = ∂C/∂a ⊙ σ′(z)"),
+    equations: Equations | tuple[str, str] | None = ("a = σ(z)", "∂C/∂z = ∂C/∂a ⊙ σ′(z)"),
     doc: str = "",
 ) -> Layer:
     """An activation layer from σ and its derivative.
@@ -66,6 +66,7 @@ def activation(
     function("activation: reference", reference, or_none=True)
     flag("activation: of_output", of_output)
     name = text("activation: name", getattr(sigma, "__name__", "σ") if name is None else name)
+    equations = stated(f"{name}: equations", equations, x="z", y="a")
 
     def forward(params: Tree, z: Array, key: Array | None = None) -> tuple[Array, Array]:
         a = sigma(z)
@@ -82,6 +83,7 @@ def activation(
         check=_check_floating,
         reference=(lambda params, z, key=None: reference(z)) if reference else None,
         batched=True,
+        elementwise=True,
         equations=equations,
         doc=doc,
     )
@@ -128,7 +130,8 @@ relu = rule(
     check=_check_floating,
     reference=lambda params, z, key=None: jax.nn.relu(z),
     batched=True,
-    equations=("a = max(z, 0)", "∂C/∂z = ∂C/∂a where a > 0, else 0"),
+    elementwise=True,
+    equations=Equations("a = max(z, 0)", "∂C/∂z = ∂C/∂a where a > 0, else 0", "z", "a"),
     doc=f"""The rectified linear unit. It keeps a, which the layer above keeps too.
 
     {_SHAPES} (Nair & Hinton 2010, "Rectified linear units improve restricted Boltzmann
@@ -139,6 +142,8 @@ relu = rule(
 @explained(
     forward="a = z where z > 0, else s z",
     backward="∂C/∂z = ∂C/∂a ⊙ (1 where z > 0, else s)",
+    x="z",
+    y="a",
 )
 def leaky_relu(slope: float = 0.01) -> Layer:
     """A rectifier that lets a little through, element by element.
@@ -255,6 +260,8 @@ softplus = activation(
 @explained(
     forward="a = z where z > 0, else α (e^z − 1)",
     backward="∂C/∂z = ∂C/∂a ⊙ (1 where z > 0, else α e^z)",
+    x="z",
+    y="a",
 )
 def elu(alpha: float = 1.0) -> Layer:
     """The exponential linear unit, element by element. (Clevert et al. 2016.)
@@ -345,9 +352,8 @@ softmax = rule(
     name="softmax",
     check=check_features,
     batched=True,
-    equations=(
-        "a_j = e^{z_j} / Σ_k e^{z_k}",
-        "∂C/∂z = a ⊙ (∂C/∂a − Σ_k a_k ∂C/∂a_k)",
+    equations=Equations(
+        "a_j = e^{z_j} / Σ_k e^{z_k}", "∂C/∂z = a ⊙ (∂C/∂a − Σ_k a_k ∂C/∂a_k)", "z", "a"
     ),
     doc="""Probabilities from logits, over the last axis.
 
@@ -368,7 +374,7 @@ log_softmax = rule(
     name="log_softmax",
     check=check_features,
     batched=True,
-    equations=("a_j = z_j − log Σ_k e^{z_k}", "∂C/∂z = ∂C/∂a − e^a Σ_k ∂C/∂a_k"),
+    equations=Equations("a_j = z_j − log Σ_k e^{z_k}", "∂C/∂z = ∂C/∂a − e^a Σ_k ∂C/∂a_k", "z", "a"),
     doc="""Log-probabilities from logits, over the last axis; z and a ``(*positions, classes)``.""",
 )
 

@@ -28,6 +28,8 @@ lecun_normal = jax.nn.initializers.lecun_normal(in_axis=-1, out_axis=-2)
         ∂C/∂a_t = Wᵀ δ_t                (BP2, before ⊙ σ′)
         ∂C/∂b   = Σ_t δ_t               (BP3)
         ∂C/∂W   = Σ_t δ_t a_tᵀ          (BP4)""",
+    x="a",
+    y="z",
 )
 def dense(
     features: int,

@@ -24,6 +24,7 @@ standard_normal = jax.nn.initializers.normal(1.0)
 @explained(
     forward="y_t = W[k_t] = Wᵀ e_{k_t}",
     backward="∂C/∂W = Σ_t e_{k_t} δ_tᵀ      (BP4)",
+    x="k",
 )
 def embedding(
     vocabulary: int,

@@ -23,6 +23,8 @@ Tree = Any
 @explained(
     forward="[u, g] = z,  a = u ⊙ σ(g)",
     backward="∂C/∂u = ∂C/∂a ⊙ σ(g),  ∂C/∂g = ∂C/∂a ⊙ u ⊙ σ′(g)",
+    x="z",
+    y="a",
 )
 def gated(sigma: Callable[[Array], Array], dsigma: Callable[[Array], Array], *, name: str) -> Layer:
     """One half of the features, gated by the other: a gated linear unit.

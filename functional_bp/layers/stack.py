@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import Array, lax
 
 from ..checks import ModelError, described, random_key, whole
@@ -83,7 +85,7 @@ def repeat(layer: Layer, n: int) -> Layer:
         stack, y = residuals
         return lax.scan(step, y, (params, stack), length=n, reverse=True)[1]
 
-    return combined(
+    stack = combined(
         f"repeat({layer.name}, {n})",
         (layer,),
         lambda part: repeat(part, n),
@@ -92,6 +94,40 @@ def repeat(layer: Layer, n: int) -> Layer:
         backward=backward,
         renew=renew,
         is_state=one.is_state,
+    )
+    return dataclasses.replace(stack, unrolled=lambda: _unrolled(stack, (layer,) * n))
+
+
+def _unrolled(stack: Layer, layers: tuple[Layer, ...]) -> Layer:
+    """The stack with a part for each of its layers, and no scan: every layer can be looked into."""
+
+    def of_one(tree: Tree, i: int) -> Tree:
+        return jax.tree.map(lambda leaf: leaf[i], tree)
+
+    def forward(params: Tree, x: Tree, key: Array | None = None) -> tuple[Tree, Tree]:
+        keys = [None] * len(layers) if key is None else jax.random.split(key, len(layers))
+        residuals = []
+        for i, layer in enumerate(layers):
+            x, r = layer.forward(of_one(params, i), x, keys[i])
+            residuals.append(r)
+        return x, residuals
+
+    def backward(
+        params: Tree, residuals: Tree, dy: Tree, contract: Tree = keep
+    ) -> tuple[Tree, Tree]:
+        results = []
+        for i, layer in reversed(list(enumerate(layers))):
+            asked = of_one(contract, i)
+            dy, result = layer.backward(of_one(params, i), residuals[i], dy, asked)
+            results.append(result)
+        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *reversed(results))
+        return dy, join_results(contract, stacked)
+
+    def rebuild(*layers: Layer) -> Layer:
+        return _unrolled(stack, layers)
+
+    return dataclasses.replace(
+        stack, forward=forward, backward=backward, parts=layers, rebuild=rebuild, unrolled=None
     )
 
 

@@ -191,6 +191,8 @@ kl_divergence = loss(
         q = (1 − α) one_hot(y) + α / K,  p = softmax(a)
         C = mean over positions of −Σ_k q_k log p_k""",
     backward="∂C/∂a = (p Σ_k q_k − q) / positions",
+    x="a",
+    y="C",
 )
 def smoothed_softmax_cross_entropy(smoothing: float) -> Loss:
     """Softmax cross-entropy with smoothed labels, from logits and class ids.

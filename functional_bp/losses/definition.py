@@ -62,7 +62,8 @@ class Loss:
 
     def __post_init__(self) -> None:
         text(f"{self.name}: doc", self.doc)
-        object.__setattr__(self, "equations", stated(f"{self.name}: equations", self.equations))
+        equations = stated(f"{self.name}: equations", self.equations, "a", "C")
+        object.__setattr__(self, "equations", equations)
         words = composed(self.doc or f"The loss {self.name}.", self.equations)
         object.__setattr__(self, "__doc__", words)
 

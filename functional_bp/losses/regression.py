@@ -65,6 +65,8 @@ absolute_error = loss(
         e = a − y
         C = Σ_j ½ e_j² where |e_j| ≤ t, else t (|e_j| − ½ t)""",
     backward="∂C/∂a = e clipped to [−t, t]",
+    x="a",
+    y="C",
 )
 def huber(threshold: float = 1.0) -> Loss:
     """Squared near the target, absolute away from it, summed over outputs.

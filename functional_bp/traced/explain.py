@@ -17,6 +17,7 @@ from ..factors.convolved import Convolved
 from ..factors.factored import Factored, Outer
 from ..factors.rows import Rows
 from ..layer import Layer, batch_size, place
+from ..tables import columns
 from .function import Residuals, from_cost, from_function, over_batch, taps_of
 from .parameters import factors_of
 from .plan import Meeting, Plan, Step
@@ -57,13 +58,9 @@ class Explanation:
     def __str__(self) -> str:
         head = ("parameter", "shape", "meets an example in", "kept as", "norms ÷ step", "where")
         table = [head, *(line for row in self.rows for line in _lines(row))]
-        widths = [max(map(len, column)) for column in zip(*table)]
-        lines = [
-            "  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip()
-            for line in table
-        ]
         unknown = [f"{row.parameter}: {what}" for row in self.rows for what in row.unknown]
-        return "\n".join([*lines, *(["", "multiplied out:", *unknown] if unknown else [])])
+        more = ["", "multiplied out:", *unknown] if unknown else []
+        return "\n".join([columns(table), *more])
 
     __repr__ = __str__
 

@@ -81,7 +81,13 @@ def bidirectional(forward: Layer, backward: Layer | None = None) -> Layer:
 
 def _mirrored(layer: Layer) -> Layer:
     """The layer with every recurrent layer in it from the other end."""
-    mirrored = layer.on_layers(lambda part, _: part.mirrored() if part.mirrored else part)
+
+    def other_end(part: Layer, place: str) -> Layer:
+        if part.mirrored is None:
+            return part
+        return dataclasses.replace(part.mirrored(), equations=part.equations, doc=part.doc)
+
+    mirrored = layer.on_layers(other_end)
     if mirrored is layer:
         raise ModelError(f"bidirectional: takes a recurrent layer, got {layer!r}")
     return mirrored

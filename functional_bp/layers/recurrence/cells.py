@@ -4,7 +4,7 @@ Each cell is a few functions that read like its equations; ``bp.through_time`` m
 Shapes of one step: x_t ``(d,)``; h, c, every gate and every δ ``(h,)``; p_t = W_x x_t + b ``(k,)``,
 the input's part of all pre-activations at once. The vectors of a batch are columns, ``(h, n)``.
 σ is the sigmoid and ⊙ the element-wise product. A δ with the name of a gate is the derivative of
-C by the gate's pre-activation; ∂s_t is short for ∂C/∂s_t. What stands in brackets does not wait
+C by the gate's pre-activation. What stands in brackets does not wait
 for δ: ``local`` makes it for many steps at once.
 """
 
@@ -58,8 +58,12 @@ def _factors(delta: Array, x: Array, h_before: Array) -> Tree:
         z_t = W_x x_t + b + W_h h_{t−1}
         h_t = f(z_t)""",
     backward="""
-        δ_t = ∂h_t ⊙ f′(z_t)
-        ∂h_{t−1} = W_hᵀ δ_t""",
+        δ_t = ∂C/∂h_t ⊙ f′(z_t)
+        ∂C/∂h_{t−1} = W_hᵀ δ_t
+        ∂C/∂x_t = W_xᵀ δ_t
+        ∂C/∂W_x = Σ_t δ_t x_tᵀ,  ∂C/∂W_h = Σ_t δ_t h_{t−1}ᵀ      (BP4)
+        ∂C/∂b = Σ_t δ_t      (BP3)""",
+    y="h",
 )
 def rnn(hidden: int, *, activation: str = "tanh", **options: Any) -> Layer:
     """A plain recurrent layer (Elman 1990).
@@ -112,13 +116,17 @@ def rnn(hidden: int, *, activation: str = "tanh", **options: Any) -> Layer:
         c_t = f ⊙ c_{t−1} + i ⊙ g
         h_t = o ⊙ tanh c_t""",
     backward="""
-        ∂c_t ← ∂c_t + ∂h_t ⊙ [o ⊙ (1 − tanh² c_t)]
-        δ^i = ∂c_t ⊙ [g        ⊙ i (1 − i)]
-        δ^f = ∂c_t ⊙ [c_{t−1}  ⊙ f (1 − f)]
-        δ^g = ∂c_t ⊙ [i        ⊙ (1 − g²)]
-        δ^o = ∂h_t ⊙ [tanh c_t ⊙ o (1 − o)]
-        ∂c_{t−1} = ∂c_t ⊙ f
-        ∂h_{t−1} = W_hᵀ δ_t""",
+        ∂C/∂c_t ← ∂C/∂c_t + ∂C/∂h_t ⊙ [o ⊙ (1 − tanh² c_t)]
+        δ^i = ∂C/∂c_t ⊙ [g        ⊙ i (1 − i)]
+        δ^f = ∂C/∂c_t ⊙ [c_{t−1}  ⊙ f (1 − f)]
+        δ^g = ∂C/∂c_t ⊙ [i        ⊙ (1 − g²)]
+        δ^o = ∂C/∂h_t ⊙ [tanh c_t ⊙ o (1 − o)]
+        ∂C/∂c_{t−1} = ∂C/∂c_t ⊙ f
+        ∂C/∂h_{t−1} = W_hᵀ δ_t
+        ∂C/∂x_t = W_xᵀ δ_t
+        ∂C/∂W_x = Σ_t δ_t x_tᵀ,  ∂C/∂W_h = Σ_t δ_t h_{t−1}ᵀ      (BP4)
+        ∂C/∂b = Σ_t δ_t      (BP3)""",
+    y="h",
 )
 def lstm(hidden: int, **options: Any) -> Layer:
     """Long short-term memory (Hochreiter & Schmidhuber 1997) with forget gates (Gers et al. 2000).
@@ -183,11 +191,14 @@ def lstm(hidden: int, **options: Any) -> Layer:
         n = tanh(p^n + r ⊙ m)
         h_t = (1 − z) ⊙ n + z ⊙ h_{t−1}""",
     backward="""
-        δ^n = ∂h_t ⊙ [(1 − z) ⊙ (1 − n²)]           ε^n = δ^n ⊙ r
-        δ^z = ∂h_t ⊙ [(h_{t−1} − n) ⊙ z (1 − z)]    ε^z = δ^z
-        δ^r = δ^n ⊙ [m ⊙ r (1 − r)]                 ε^r = δ^r
-        ∂h_{t−1} = ∂h_t ⊙ z + W_hᵀ ε
-        ∂W_x = Σ_t δ_t x_tᵀ   ∂W_h = Σ_t ε_t h_{t−1}ᵀ   ∂b = Σ_t δ_t   ∂b_n = Σ_t ε^n_t""",
+        δ^n = ∂C/∂h_t ⊙ [(1 − z) ⊙ (1 − n²)]           ε^n = δ^n ⊙ r
+        δ^z = ∂C/∂h_t ⊙ [(h_{t−1} − n) ⊙ z (1 − z)]    ε^z = δ^z
+        δ^r = δ^n ⊙ [m ⊙ r (1 − r)]                    ε^r = δ^r
+        ∂C/∂h_{t−1} = ∂C/∂h_t ⊙ z + W_hᵀ ε_t
+        ∂C/∂x_t = W_xᵀ δ_t
+        ∂C/∂W_x = Σ_t δ_t x_tᵀ,  ∂C/∂W_h = Σ_t ε_t h_{t−1}ᵀ      (BP4)
+        ∂C/∂b = Σ_t δ_t,  ∂C/∂b_n = Σ_t ε^n_t      (BP3)""",
+    y="h",
 )
 def gru(hidden: int, **options: Any) -> Layer:
     """Gated recurrent unit (Cho et al. 2014), r applied after the recurrent product.

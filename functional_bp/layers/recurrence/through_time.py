@@ -63,6 +63,7 @@ Tree = Any
         ∂C/∂x_t = W_xᵀ δ_t
         ∂C/∂W_x = Σ_t δ_t x_tᵀ,  ∂C/∂b = Σ_t δ_t       (BP3, BP4)
         the other parameters by the cell's factors""",
+    y="s",
 )
 def through_time(
     cell: Cell,

@@ -10,8 +10,9 @@ from typing import Any
 import jax
 from jax import Array
 
-from .checks import described
-from .layer import Layer, a_layer, batch_of, one_of, shapes_of
+from ..checks import described
+from ..layer import Layer, a_layer, batch_of, one_of, shapes_of
+from ..tables import columns
 
 Tree = Any
 
@@ -61,10 +62,7 @@ def summary(model: Layer, x: Tree) -> str:
         shapes = "" if layer.parts else _named(held)
         rows.append((place or "model", kind, described(one_of(y)), shapes, f"{_count(held):,}"))
     rows.append(("total", "", "", "", f"{_count(params):,}"))
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows
-    )
+    return columns(rows)
 
 
 def _indices(place: str) -> list[int]:

@@ -1,0 +1,421 @@
+"""What one pass through a model computed, layer by layer, with the equations beside the numbers."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from ..checks import ModelError, random_key, told, whole
+from ..contractions import contract_factors, each_delta, is_factor, keep, total
+from ..factors.factored import Outer
+from ..layer import Layer, unrolled
+from ..losses.definition import Loss
+from ..recursion import check_batch, paired, separate, with_loss
+from ..tables import fitted, numbers
+from .notation import by
+from .reading import LayerEquations, read
+
+Tree = Any
+Values = Mapping[str, np.ndarray]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Inspected:
+    """What a pass computed at one layer; ``found[2]`` of a ``bp.Inspection``, or a part of it.
+
+    Arrays are of one example, or have the examples first where a whole batch was inspected;
+    gradients have the shapes of their parameters.
+
+    Attributes:
+      equations: the layer's own, with its place and what its values are called.
+      input, output: what it took and gave.
+      d_input, d_output: ∂C/∂(its input) and ∂C/∂(its output). A recurrent layer's ``d_output`` is
+        ∂C/∂h_t through time, what later steps sent back included.
+      gradient: ∂C/∂θ of each of its parameters, by name. Of a tied one, the part of this use.
+      sigma_prime: σ′(z), of an activation; else None.
+      recurrent: δ_t of a recurrent layer: ∂C/∂ its pre-activations; else None.
+      parts: what it is made of, where it is a combination of layers.
+    """
+
+    equations: LayerEquations
+    input: Tree
+    output: Tree
+    d_input: Tree
+    d_output: Tree
+    gradient: dict[str, Any]
+    sigma_prime: Any
+    recurrent: Any
+    parts: tuple[Inspected, ...]
+
+    def __getitem__(self, index: int) -> Inspected:
+        return self.parts[index]
+
+    def __len__(self) -> int:
+        return len(self.parts)
+
+    def __iter__(self) -> Iterator[Inspected]:
+        return iter(self.parts)
+
+    @property
+    def name(self) -> str:
+        """Its place and name: ``[2] dense(1)``."""
+        return f"{self.equations.place} {self.equations.name}".strip()
+
+    @property
+    def z(self) -> Any:
+        """The pre-activation: what a layer such as dense gives, and what an activation takes."""
+        return self._of("z", self.output, self.input)
+
+    @property
+    def a(self) -> Any:
+        """The activation a = σ(z): what an activation gives."""
+        return self._of("a", self.output, None)
+
+    @property
+    def delta(self) -> Any:
+        """δ = ∂C/∂z, never ∂C/∂a: of a dense layer its output's, of an activation its input's; of a
+        recurrent layer δ_t."""
+        return self.recurrent if self.recurrent is not None else self._of(
+            "z", self.d_output, self.d_input
+        )  # fmt: skip
+
+    def _of(self, symbol: str, of_output: Any, of_input: Any) -> Any:
+        stated = self._stated
+        if stated is not None and stated.y == symbol:
+            return of_output
+        if stated is not None and stated.x == symbol and of_input is not None:
+            return of_input
+        raise AttributeError(
+            f"{self.name} has no {symbol} of its own: what it takes is called "
+            f"{self.equations.x}, what it gives {self.equations.y}; see input, output, d_input "
+            "and d_output"
+        )
+
+    @property
+    def _stated(self) -> Any:
+        layer = self.equations.layer
+        return None if layer is None or layer.parts else layer.equations
+
+    @property
+    def values(self) -> dict[str, np.ndarray]:
+        """All of it by name, as the equations call it: ``z¹``, ``σ′(z¹)``, ``δ¹``, ``∂C/∂W¹``."""
+        here = self.equations
+        of: dict[str, Any] = {here.y: self.output}
+        if self.sigma_prime is not None:
+            of[f"σ′({here.x})"] = self.sigma_prime
+        over_time = "_t" if self.recurrent is not None else ""
+        of[by(here.y) + over_time] = self.d_output
+        if over_time:
+            of[f"δ{here.y[1:]}_t"] = self.recurrent
+        return _arrays(of) | self.gradients
+
+    @property
+    def gradients(self) -> dict[str, np.ndarray]:
+        """∂C/∂θ of its parameters, as the equations call them."""
+        named = {".".join(map(str, k)): name for k, (name, _) in self.equations.parameters.items()}
+        return _arrays({by(named[name]): g for name, g in self.gradient.items()})
+
+    def walk(self) -> Iterator[Inspected]:
+        """The layers that made a value, from the first to the last, those of parts included."""
+        for part in self.parts:
+            yield from part.walk()
+        handed_on = self.equations.x == self.equations.y
+        if self.equations.forward if self.parts else not handed_on:
+            yield self
+
+    def step(self, t: int) -> dict[str, np.ndarray]:
+        """What a layer over time computed at step t, from 0: values with the time first, at t."""
+        of_steps = {name: v for name, v in self.values.items() if name not in self.gradients}
+        return {name: v[t] for name, v in of_steps.items() if v.ndim > 1 and len(v) > t}
+
+    def __str__(self) -> str:
+        return _table([self], {})
+
+    __repr__ = __str__
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Inspection:
+    """What one pass computed: ``found[2]`` is the chain's third layer, ``found["δ²"]`` an array.
+
+    ``str`` is a table that fits the terminal; a notebook shows the arrays themselves.
+
+    Attributes:
+      cost: C of the example, or the mean of the batch.
+      outputs: the model's outputs.
+      gradient: ∂C/∂θ, the tree of the parameters.
+      model: what was computed at the model's layers.
+      loss: the loss's equations.
+      batch: the number of examples, where a whole batch was inspected; else None.
+    """
+
+    cost: Any
+    outputs: Tree
+    gradient: Tree
+    model: Inspected
+    loss: LayerEquations
+    batch: int | None
+
+    def __getitem__(self, index: int | str) -> Any:
+        """A layer, by its place in the model; or an array, by what the equations call it."""
+        if isinstance(index, str):
+            values = self.values
+            if index not in values:
+                raise KeyError(f"{index}: has {', '.join(values)}")
+            return values[index]
+        return self._parts[index]
+
+    def __len__(self) -> int:
+        return len(self._parts)
+
+    def __iter__(self) -> Iterator[Inspected]:
+        return iter(self._parts)
+
+    @property
+    def _parts(self) -> tuple[Inspected, ...]:
+        """The model's layers, with the indices of its parameters and results."""
+        model = self.model
+        while model.equations.name in ("tied", "at"):  # which have those of their layer
+            model = model.parts[0]
+        return model.parts or (model,)
+
+    @property
+    def layers(self) -> tuple[Inspected, ...]:
+        """The layers that made a value, from the first to the last, those of parts included."""
+        return tuple(self.model.walk())
+
+    @property
+    def values(self) -> dict[str, np.ndarray]:
+        """Every array by its name, ∂C/∂ the model's input among them."""
+        x = self.model.equations.x
+        ends = _arrays({x: self.model.input, f"∂C/∂{x}": self.model.d_input})
+        return ends | {name: v for layer in self.layers for name, v in layer.values.items()}
+
+    def __str__(self) -> str:
+        of = "one example" if self.batch is None else f"means of {self.batch} examples"
+        table = _table(self.layers, _right_sides(self), self.batch)
+        return f"C = {numbers(self.cost)}: {self.loss.name}, {of}\n{table}"
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str | None:
+        try:
+            import treescope
+        except ImportError:
+            return None  # the notebook shows the table
+        with treescope.active_autovisualizer.set_scoped(treescope.ArrayAutovisualizer()):
+            folded = _folded(self.model, _right_sides(self))
+            return treescope.render_to_html({f"C = {numbers(self.cost)}": folded})
+
+
+class Inspect(Protocol):
+    """A function of a batch that says what one pass computed."""
+
+    def __call__(
+        self, params: Tree, x: Tree, y: Tree, *, example: int | None = 0, key: Array | None = None
+    ) -> Inspection:
+        """What one pass computed.
+
+        Args:
+          params: the model's parameters; ``(model's, loss's)`` for a loss that has parameters.
+          x, y: a batch of inputs and targets.
+          example: which one to look into; None for the whole batch: its δ are ∂Cₙ/∂z of each
+            example, its gradients those of the mean cost.
+          key: for the noise of layers such as dropout; without it there is none.
+
+        Raises:
+          ModelError: for what does not fit the model.
+        """
+        ...
+
+
+def inspect(model: Layer, loss: Loss) -> Inspect:
+    """What one pass computes at every layer: z, a, σ′(z), δ, ∂C/∂W, ∂C/∂b.
+
+    The numbers are those of ``model.apply``, ``bp.deltas`` and ``bp.value_and_grad``, with the
+    equation that each comes from beside it. Its names tell ∂C/∂z from ∂C/∂a: ``delta`` is always
+    δ = ∂C/∂z, ``d_output`` is ∂C/∂(what the layer gives). The layers of ``bp.repeat`` are there one
+    by one.
+
+    Args:
+      model, loss: a layer and a loss.
+
+    Returns:
+      ``fn(params, x, y, *, example=0, key=None) -> Inspection``. It compiles by itself.
+
+    Raises:
+      ModelError: when called with what does not fit the model; for one example of a model that
+        mixes the examples of its batch.
+
+    Example:
+      >>> model, loss = bp.chain(bp.dense(2), bp.sigmoid), bp.losses.squared_error
+      >>> params = ({"weight": jnp.eye(2), "bias": jnp.zeros(2)}, ())
+      >>> found = bp.inspect(model, loss)(params, jnp.array([[0.0, 1.0]]), jnp.array([[1.0, 1.0]]))
+      >>> found[0].z.tolist(), found[1].sigma_prime[0].tolist()
+      ([0.0, 1.0], 0.25)
+      >>> found[0].delta[0].tolist(), found["∂C/∂W¹"][0].tolist()
+      (-0.125, [-0.0, -0.125])
+    """
+    if not isinstance(model, Layer):
+        raise ModelError(f"inspect: takes a layer and a loss, got {told(model)}")
+    model, loss = paired(model, loss)
+    flat = unrolled(model)
+
+    @jax.jit
+    def run(params: Tree, x: Tree, y: Tree, key: Array | None) -> Tree:
+        recorder = _Recorder()
+        cost = with_loss(flat.on_layers(recorder.watched), loss)
+        costs, residuals = cost.forward(params, (x, y), key)
+        factors = cost.backward(params, residuals, jnp.ones_like(costs), keep)[1]
+        return costs, contract_factors(total, factors), recorder.met
+
+    def fn(
+        params: Tree, x: Tree, y: Tree, *, example: int | None = 0, key: Array | None = None
+    ) -> Inspection:
+        n = check_batch(x, y)
+        random_key("key", key)
+        if example is not None:
+            separate(model, loss)
+            if whole("example", example, 0) >= n:
+                raise ModelError(f"example: takes one of the batch, 0 to {n - 1}, got {example}")
+            x, y = jax.tree.map(lambda leaf: jnp.asarray(leaf)[example : example + 1], (x, y))
+        costs, gradient, met = run(params, x, y, key)
+        of_model = loss.of_model(params)
+        shown = read(flat, loss, jax.tree.map(lambda leaf: leaf[0], x), of_model)
+        count = n if example is None else None
+        there = _inspected(shown[0], met, count)
+        gradient = _mean(gradient, count)
+        return Inspection(costs.mean(), there.output, gradient, there, shown[1], count)
+
+    return fn
+
+
+class _Recorder:
+    """Notes what a model's layers take and give while it runs forward and back."""
+
+    def __init__(self) -> None:
+        self.met: dict[str, dict[str, Tree]] = {}
+
+    def watched(self, layer: Layer, where: str) -> Layer:
+        """The layer, noting what it meets."""
+        alone = not layer.parts
+
+        def forward(params: Tree, x: Tree, key: Array | None = None) -> tuple[Tree, Tree]:
+            y, residuals = layer.forward(params, x, key)
+            self.met[where] = {"input": x, "output": y}
+            return y, residuals
+
+        def backward(
+            params: Tree, residuals: Tree, dy: Tree, contract: Tree = keep
+        ) -> tuple[Tree, Tree]:
+            dx, results = layer.backward(params, residuals, dy, contract)
+            here = self.met[where]
+            here |= {"d_input": dx, "d_output": dy, "gradient": {}}
+            if alone:
+                here["d_output"] = layer.backward(params, residuals, dy, each_delta)[1]
+                here["gradient"] = contract_factors(total, results)
+                if layer.mirrored is not None:
+                    here["recurrent"] = _pre_activation_deltas(results)
+            if layer.elementwise:
+                ones = jax.tree.map(jnp.ones_like, dy)
+                here["sigma_prime"] = layer.backward(params, residuals, ones, keep)[0]
+            return dx, results
+
+        return dataclasses.replace(layer, forward=forward, backward=backward)
+
+
+def _pre_activation_deltas(factors: Tree) -> Tree:
+    """δ_t of a recurrent layer: of ∂C/∂W_x = Σ_t δ_t x_tᵀ, the δ."""
+    outer = factors.get("weight_x") if isinstance(factors, dict) else None
+    return outer.u if isinstance(outer, Outer) else None
+
+
+def _inspected(read: LayerEquations, met: Tree, batch: int | None) -> Inspected:
+    here = met[read.place]
+    parts = tuple(_inspected(part, met, batch) for part in read.parts)
+    named = {".".join(map(str, keys)): keys for keys in read.parameters}
+    flat = dict(_by_keys(here["gradient"]))
+    gradient = {name: _mean(flat[keys], batch) for name, keys in named.items() if keys in flat}
+    names = ("input", "output", "d_input", "d_output", "sigma_prime", "recurrent")
+    values = {name: _example(here.get(name), batch) for name in names}
+    return Inspected(equations=read, gradient=gradient, parts=parts, **values)
+
+
+def _by_keys(tree: Tree) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    for path, leaf in jax.tree.leaves_with_path(tree, is_leaf=is_factor):
+        yield tuple(getattr(key, "key", getattr(key, "idx", str(key))) for key in path), leaf
+
+
+def _example(tree: Tree, batch: int | None) -> Tree:
+    """Arrays of the batch, or of its only example."""
+    return tree if batch is not None else jax.tree.map(lambda leaf: leaf[0], tree)
+
+
+def _mean(tree: Tree, batch: int | None) -> Tree:
+    """The gradient of a sum of costs as that of their mean."""
+    return jax.tree.map(lambda g: g / (batch or 1), tree)
+
+
+def _arrays(values: dict[str, Any]) -> dict[str, np.ndarray]:
+    """Those that are arrays of numbers; of a sequence with its length, the sequence."""
+    values = {k: v["x"] if isinstance(v, dict) and "x" in v else v for k, v in values.items()}
+    return {k: np.asarray(v) for k, v in values.items() if hasattr(v, "dtype")}
+
+
+def _right_sides(found: Inspection) -> dict[str, str]:
+    """The equation of each name: its right side and tag. (What several layers send back, the one
+    that joins them says last.)"""
+    layers = [*found.model.equations.walk(), found.loss, *found.model.equations.walk(backward=True)]
+    return {name: side for of in layers for name, side in _sides_of(of)}
+
+
+def _sides_of(of: LayerEquations) -> Iterator[tuple[str, str]]:
+    for e in (*of.forward, *of.backward):
+        side = f"{e.right}  ({e.tag})" if e.tag else e.right
+        yield from ((name, side) for name in {e.left, re.sub(r"_[tj]$", "", e.left)})
+
+
+def _table(layers: Any, sides: Mapping[str, str], batch: int | None = None) -> str:
+    """Equations, shapes, norms, share of zeros, and the numbers where they are few."""
+    rows = []
+    for layer in layers:
+        rows.append((layer.name, "", "", "", ""))
+        for name, value in layer.values.items():
+            one = batch is None or name in layer.gradients
+            examples = value[None] if one else value
+            norm = np.linalg.norm(examples.reshape(len(examples), -1), axis=1).mean()
+            over_time = layer.recurrent is not None and name not in layer.gradients
+            cells = (str(examples.shape[1:]), numbers(norm), f"{np.mean(value == 0):.0%}")
+            said = f"  {name} = {sides[name]}" if sides.get(name) else f"  {name}"
+            rows.append((said, *cells, _few(examples.mean(0), over_time=over_time)))
+    return fitted(("", "shape", "‖·‖", "zeros", "numbers"), rows)
+
+
+def _few(value: np.ndarray, *, over_time: bool) -> str:
+    """The numbers where they are few; over time, the norms of the first and the last steps."""
+    if value.size <= 3:
+        return numbers(value)
+    if not over_time or value.ndim != 2:
+        return ""
+    norms = np.linalg.norm(value, axis=1)
+    if len(norms) <= 3:
+        return f"‖·‖ by t: {numbers(norms)}"
+    return f"by t: {numbers(norms[0])} … {numbers(norms[-1])}"
+
+
+def _folded(layer: Inspected, sides: Mapping[str, str]) -> dict[str, Any]:
+    """A nested dict of a layer's arrays, each under its name and equation."""
+    own = {
+        f"{name} = {sides[name]}" if sides.get(name) else name: value
+        for name, value in layer.values.items()
+        if not layer.parts or layer.equations.forward
+    }
+    return {**{part.name: _folded(part, sides) for part in layer.parts}, **own}

@@ -1,0 +1,314 @@
+"""A model read while it is traced: what each layer's values are called, and its equations."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+from jax import Array
+
+from ..checks import described
+from ..layer import Layer, batch_of, one_of
+from ..losses.definition import Loss
+from ..traced.explain import explain
+from ..traced.function import Residuals
+from .notation import PARAMETERS, Equation, by, latex, numbered, written
+
+Tree = Any
+STACK_INDEX = "lmk"  # of a stack, of a stack in it, and so on
+
+
+@dataclass(frozen=True)
+class LayerEquations:
+    """The equations of one layer of a model, or of its loss.
+
+    Attributes:
+      place: the indices of its results, ``[2][0]``; empty for the whole model, ``loss`` for a loss.
+      layer: the layer; None for a loss.
+      name: what it is called.
+      x, y: what its input and its output are called.
+      x_shape, y_shape: their shapes, of one example.
+      parameters: what each parameter is called, by its path, with its shape.
+      forward, backward: its equations.
+      notes: what else is to be said, a line each.
+      parts: the layers that it is made of.
+      times, index: of a stack, how many layers lie one after another, and what counts them.
+    """
+
+    layer: Layer | None
+    place: str
+    name: str
+    x: str
+    y: str
+    x_shape: str
+    y_shape: str
+    parameters: dict[tuple[Any, ...], tuple[str, str]]
+    forward: tuple[Equation, ...]
+    backward: tuple[Equation, ...]
+    notes: tuple[str, ...] = ()
+    parts: tuple[LayerEquations, ...] = ()
+    times: int = 1
+    index: str = ""
+
+    def walk(self, *, backward: bool = False) -> Iterator[LayerEquations]:
+        """The layer and its parts, from the first to the last, or back.
+
+        What joins its parts comes after them, and a stack, which says how often, before."""
+        if self.times > 1:
+            yield self
+        for part in self.parts[::-1] if backward else self.parts:
+            yield from part.walk(backward=backward)
+        if self.times == 1:
+            yield self
+
+
+def read(model: Layer, loss: Loss, x: Tree, params: Tree) -> tuple[LayerEquations, LayerEquations]:
+    """A model's equations and its loss's, from one example and parameters, or their shapes."""
+    reading = _Reading()
+    watched = model.on_layers(reading.watched)
+    jax.eval_shape(watched.forward, params, batch_of(2, x), jax.random.key(0))
+    of_model = reading.tree(model)
+    return of_model, _of_loss(loss, of_model, str(reading.count + 1))
+
+
+@dataclass
+class _Reading:
+    """A model's values as they are met while it is traced, each called by a name.
+
+    Values are told apart by identity: what a layer hands on as it is keeps its name.
+    """
+
+    count: int = 0
+    letters: str = ""
+    labels: dict[str, str] = field(default_factory=dict)
+    outputs: dict[str, str] = field(default_factory=dict)
+    names: dict[int, tuple[Any, str]] = field(default_factory=dict)
+    read: dict[str, LayerEquations] = field(default_factory=dict)
+    leaves: list[str] = field(default_factory=list)
+
+    def watched(self, layer: Layer, where: str) -> Layer:
+        """The layer, which reads its equations when it is traced."""
+
+        def forward(params: Tree, x: Tree, key: Array | None = None) -> tuple[Tree, Tree]:
+            self._name(x, numbered("x", self.letters[-1:]))
+            if layer.unrolled is not None:
+                self.letters += self._index()
+            y, residuals = layer.forward(params, x, key)
+            if layer.unrolled is not None:
+                self.letters = self.letters[:-1]
+            label = self._label(layer, where, params)
+            made = any(id(leaf) not in self.names for leaf in jax.tree.leaves(y))
+            if made:
+                self._name(y, self._output(layer, where, label))
+            known = self._known(layer, where, params, x, y)
+            if layer.parts:
+                known |= self._joined(layer, known, label, made=made)
+            elif made:
+                known |= self._ruled(layer, known, label, params, x, y, residuals)
+            self.read[where] = LayerEquations(**known)
+            if not layer.parts and where not in self.leaves:
+                self.leaves.append(where)
+            return y, residuals
+
+        return dataclasses.replace(layer, forward=forward)
+
+    def _index(self) -> str:
+        """What counts the layers of a stack that begins here."""
+        return STACK_INDEX[len(self.letters) % len(STACK_INDEX)]
+
+    def _label(self, layer: Layer, where: str, params: Tree) -> str:
+        """The number of the layer. (A scan may trace it twice, which counts once.)"""
+        if where not in self.labels:
+            self.count += not layer.parts and bool(jax.tree.leaves(params))
+            self.labels[where] = ",".join([str(self.count), *self.letters])
+        return self.labels[where]
+
+    def _output(self, layer: Layer, where: str, label: str) -> str:
+        if where not in self.outputs:
+            stated: Any = layer.equations
+            name = numbered("y" if stated is None or layer.parts else stated.y, label)
+            while name in self.outputs.values():
+                name += "′"
+            self.outputs[where] = name
+        return self.outputs[where]
+
+    def _name(self, tree: Tree, name: str) -> None:
+        """Calls what has no name yet; the x of a dict has that of the whole."""
+        for path, leaf in jax.tree.leaves_with_path(tree):
+            part = jax.tree_util.keystr(path, simple=True, separator=".")
+            below = "" if part in ("", "x") else f"_{part}"
+            self.names.setdefault(id(leaf), (leaf, name + below))
+
+    def called(self, tree: Tree) -> str:
+        """What a value is called."""
+        if isinstance(tree, dict) and "x" in tree:
+            tree = tree["x"]
+        names = [self.names[id(leaf)][1] for leaf in jax.tree.leaves(tree)]
+        return names[0] if len(names) == 1 else f"({', '.join(names)})"
+
+    def _known(self, layer: Layer, where: str, params: Tree, x: Tree, y: Tree) -> dict[str, Any]:
+        """What is known of a layer besides its equations."""
+        kind = layer.name.partition("(")[0] if layer.parts else layer.name
+        times = 1
+        if layer.unrolled is not None:
+            times = max((leaf.shape[0] for leaf in jax.tree.leaves(params)), default=1)
+        return {
+            "layer": layer,
+            "place": where,
+            "name": kind,
+            "x": self.called(x),
+            "y": self.called(y),
+            "x_shape": _shape(one_of(x)),
+            "y_shape": _shape(one_of(y)),
+            "parameters": {},
+            "forward": (),
+            "backward": (),
+            "times": times,
+        }
+
+    def _joined(
+        self, layer: Layer, known: dict[str, Any], label: str, *, made: bool
+    ) -> dict[str, Any]:
+        """The equations of a combinator that makes a value of its parts', or splits its input."""
+        of_parts = [self.read[f"{known['place']}[{i}]"].x for i in range(len(layer.parts))]
+        if not made and of_parts.count(known["x"]) < 2:
+            return {}
+        if layer.unrolled is not None:
+            last = self.read[f"{known['place']}[0]"].y
+            index = self._index()
+            return {
+                "index": index,
+                "forward": (
+                    _equation(numbered("x", "1"), known["x"]),
+                    _equation(numbered("x", f"{index}+1"), last),
+                    _equation(known["y"], numbered("x", str(known["times"] + 1))),
+                ),
+            }
+        if layer.equations is None:
+            return {}
+        found = _written(layer.equations, known, label, positions=True)
+        return found if made else {"backward": found["backward"]}
+
+    def _ruled(
+        self,
+        layer: Layer,
+        known: dict[str, Any],
+        label: str,
+        params: Tree,
+        x: Tree,
+        y: Tree,
+        residuals: Tree,
+    ) -> dict[str, Any]:
+        """The equations of a layer that is no combination of others."""
+        parameters, notes = {}, []
+        for path, leaf in jax.tree.leaves_with_path(params):
+            keys = tuple(getattr(key, "key", getattr(key, "idx", str(key))) for key in path)
+            if id(leaf) in self.names:
+                name = self.names[id(leaf)][1]
+                notes.append(
+                    f"{name} is that of another layer: ∂C/∂{name} is the sum over its uses"
+                )
+            else:
+                name = numbered(_symbol(keys), label)
+                self.names[id(leaf)] = leaf, name
+            parameters[keys] = name, str(tuple(leaf.shape))
+        known = known | {"parameters": parameters}
+        if layer.equations is None:
+            given = "; ".join([known["x"], *(name for name, _ in parameters.values())])
+            said = _equation(known["y"], f"{layer.name}({given})")
+            notes.append("its rule declares no equations")
+            return {"parameters": parameters, "forward": (said,), "notes": tuple(notes)}
+        if isinstance(residuals, Residuals):
+            notes += [
+                f"{row.parameter} {row.shape}: {', '.join(row.meets)}; kept as {row.kept}"
+                for row in explain(layer, params, x).rows
+            ]
+        positions = max((leaf.ndim for leaf in jax.tree.leaves((x, y))), default=0) > 2
+        found = _written(layer.equations, known, label, positions=positions)
+        return {"parameters": parameters, "notes": tuple(notes), **found}
+
+    def tree(self, layer: Layer, where: str = "") -> LayerEquations:
+        """What was read of a layer, with its parts."""
+        parts = tuple(self.tree(part, f"{where}[{i}]") for i, part in enumerate(layer.parts))
+        read = dataclasses.replace(self.read[where], parts=parts)
+        if layer.parts:
+            return read
+        tag = ("BP1" if read.y == self.read[""].y else "BP2") if layer.elementwise else ""
+        used = [self.read[place].x for place in self.leaves]
+        shared = by(read.x) if used.count(read.x) > 1 else None
+        backward = tuple(_one_of_uses(e, shared, read.name, tag) for e in read.backward)
+        return dataclasses.replace(read, backward=backward)
+
+
+def _written(
+    stated: Any, known: dict[str, Any], label: str, *, positions: bool
+) -> dict[str, tuple[Equation, ...]]:
+    """The equations as a rule states them, with the names of this layer's values."""
+    symbols = {stated.y: known["y"]}
+    symbols |= {_symbol(keys): name for keys, (name, _) in known["parameters"].items()}
+    first: tuple[Equation, ...] = ()
+    if known["x"].startswith("("):
+        first = (_equation(f"({stated.x}_1, {stated.x}_2, …)", known["x"]),)
+    else:
+        symbols[stated.x] = known["x"]
+    if known["parameters"]:
+        own = stated.y == "z" or re.search(r"δ(_t|\^\w)?( =|,| by)", stated.backward)
+        symbols["δ"] = numbered("δ", label) if own else f"∂C/∂{known['y']}"
+    forward = written(stated.forward, symbols, positions=positions)
+    backward = written(stated.backward, symbols, positions=positions)
+    if stated.latex is not None:
+        forward, backward = map(_in_latex, (forward, backward), stated.latex)
+    return {"forward": (*first, *forward), "backward": tuple(backward)}
+
+
+def _in_latex(equations: list[Equation], text: str) -> list[Equation]:
+    """Equations with LaTeX of the rule's own, a line for each."""
+    lines = text.splitlines()
+    return [e._replace(latex=line) for e, line in zip(equations, lines)] + equations[len(lines) :]
+
+
+def _of_loss(loss: Loss, model: LayerEquations, label: str) -> LayerEquations:
+    known: dict[str, Any] = {
+        "layer": None,
+        "place": "loss",
+        "name": loss.name,
+        "x": model.y,
+        "y": "C",
+    }
+    known |= {"x_shape": model.y_shape, "y_shape": "()", "parameters": {}}
+    if loss.equations is None:
+        forward, notes = (
+            (_equation("C", f"{loss.name}({model.y}, y)"),),
+            ("it declares no equations",),
+        )
+        return LayerEquations(**known, forward=forward, backward=(), notes=notes)
+    known |= _written(loss.equations, known, label, positions=True)
+    known["backward"] = tuple(e for e in known["backward"] if not e.left.startswith("∇"))
+    return LayerEquations(**known)
+
+
+def _equation(left: str, right: str) -> Equation:
+    return Equation(left, right, "", latex(f"{left} = {right}"))
+
+
+def _one_of_uses(e: Equation, shared: str | None, layer: str, tag: str) -> Equation:
+    """The equation with its tag; a value that several layers take has one term from each."""
+    if shared is None or e.left.removesuffix("_t") != shared:
+        return e._replace(tag=e.tag or tag)
+    return _equation(f"{e.left} through {layer}", e.right)._replace(tag=e.tag or tag)
+
+
+def _symbol(keys: tuple[Any, ...]) -> str:
+    """What equations call a parameter, by its path."""
+    keys = keys[1:] if len(keys) > 1 and keys[0] == "params" else keys  # as Flax has them
+    return PARAMETERS.get(keys[-1] if keys else "", ".".join(map(str, keys)) or "θ")
+
+
+def _shape(x: Tree) -> str:
+    """The shape of an array; of a sequence with its length, the sequence's."""
+    x = x["x"] if isinstance(x, dict) and "x" in x else x
+    return str(tuple(x.shape)) if hasattr(x, "shape") else described(x)
