@@ -37,7 +37,7 @@ def fitted(head: Row, rows: Sequence[Row]) -> str:
     for row in rows:
         table.add_row(*map(Text, row))
     text = io.StringIO()
-    Console(file=text, width=width, color_system=None).print(table)
+    Console(file=text, width=width, color_system=None, force_jupyter=False).print(table)
     return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
 
 

@@ -9,6 +9,7 @@ import optax
 import pytest
 
 import functional_bp as bp
+from functional_bp.views import pictures
 
 LOSS = bp.losses.softmax_cross_entropy
 X = jax.random.normal(jax.random.key(0), (12, 4))
@@ -120,5 +121,10 @@ def test_what_does_not_fit_is_said(found):
 
 def test_without_matplotlib_the_extra_is_named(found, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    pictures._shown_figure.cache_clear()
     with pytest.raises(ImportError, match=r"pip install 'functional_bp\[plot\]'"):
         bp.pictures.deltas(found)
+
+
+def test_a_notebook_shows_a_figure(found):
+    assert bp.pictures.delta_norms(found)._repr_png_().startswith(b"\x89PNG")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -43,6 +43,7 @@ class Inspected:
       sigma_prime: σ′(z), of an activation; else None.
       recurrent: δ_t of a recurrent layer: ∂C/∂ its pre-activations; else None.
       parts: what it is made of, where it is a combination of layers.
+      batch: the number of examples, where a whole batch was inspected; else None.
     """
 
     equations: LayerEquations
@@ -54,6 +55,7 @@ class Inspected:
     sigma_prime: Any
     recurrent: Any
     parts: tuple[Inspected, ...]
+    batch: int | None
 
     def __getitem__(self, index: int) -> Inspected:
         return self.parts[index]
@@ -132,12 +134,13 @@ class Inspected:
             yield self
 
     def step(self, t: int) -> dict[str, np.ndarray]:
-        """What a layer over time computed at step t, from 0: values with the time first, at t."""
-        of_steps = {name: v for name, v in self.values.items() if name not in self.gradients}
-        return {name: v[t] for name, v in of_steps.items() if v.ndim > 1 and len(v) > t}
+        """What a layer over time computed at step t, from 0, by name."""
+        axis = 0 if self.batch is None else 1
+        values = {name: v for name, v in self.values.items() if name not in self.gradients}
+        return {name: v.take(t, axis) for name, v in values.items() if v.ndim > axis + 1}
 
     def __str__(self) -> str:
-        return _table([self], {})
+        return _table([self], dict(_sides_of(self.equations)))
 
     __repr__ = __str__
 
@@ -201,7 +204,7 @@ class Inspection:
 
     def __str__(self) -> str:
         of = "one example" if self.batch is None else f"means of {self.batch} examples"
-        table = _table(self.layers, _right_sides(self), self.batch)
+        table = _table(self.layers, _right_sides(self))
         return f"C = {numbers(self.cost)}: {self.loss.name}, {of}\n{table}"
 
     __repr__ = __str__
@@ -346,7 +349,7 @@ def _inspected(read: LayerEquations, met: Tree, batch: int | None) -> Inspected:
     gradient = {name: _mean(flat[keys], batch) for name, keys in named.items() if keys in flat}
     names = ("input", "output", "d_input", "d_output", "sigma_prime", "recurrent")
     values = {name: _example(here.get(name), batch) for name in names}
-    return Inspected(equations=read, gradient=gradient, parts=parts, **values)
+    return Inspected(equations=read, gradient=gradient, parts=parts, batch=batch, **values)
 
 
 def _by_keys(tree: Tree) -> Iterator[tuple[tuple[Any, ...], Any]]:
@@ -383,29 +386,30 @@ def _sides_of(of: LayerEquations) -> Iterator[tuple[str, str]]:
         yield from ((name, side) for name in {e.left, re.sub(r"_[tj]$", "", e.left)})
 
 
-def _table(layers: Any, sides: Mapping[str, str], batch: int | None = None) -> str:
-    """Equations, shapes, norms, share of zeros, and the numbers where they are few."""
+def _table(layers: Sequence[Inspected], sides: Mapping[str, str]) -> str:
+    """Equations, shapes, norms, share of zeros, and the numbers where they are few; of a batch
+    the means over its examples."""
     rows = []
     for layer in layers:
         rows.append((layer.name, "", "", "", ""))
         for name, value in layer.values.items():
-            one = batch is None or name in layer.gradients
-            examples = value[None] if one else value
+            gradient = name in layer.gradients
+            examples = value[None] if layer.batch is None or gradient else value
             norm = np.linalg.norm(examples.reshape(len(examples), -1), axis=1).mean()
-            over_time = layer.recurrent is not None and name not in layer.gradients
             cells = (str(examples.shape[1:]), numbers(norm), f"{np.mean(value == 0):.0%}")
             said = f"  {name} = {sides[name]}" if sides.get(name) else f"  {name}"
-            rows.append((said, *cells, _few(examples.mean(0), over_time=over_time)))
+            shown = _few(examples, over_time=layer.recurrent is not None and not gradient)
+            rows.append((said, *cells, shown))
     return fitted(("", "shape", "‖·‖", "zeros", "numbers"), rows)
 
 
-def _few(value: np.ndarray, *, over_time: bool) -> str:
+def _few(examples: np.ndarray, *, over_time: bool) -> str:
     """The numbers where they are few; over time, the norms of the first and the last steps."""
-    if value.size <= 3:
-        return numbers(value)
-    if not over_time or value.ndim != 2:
+    if examples[0].size <= 3:
+        return numbers(examples.mean(0))
+    if not over_time or examples.ndim != 3:
         return ""
-    norms = np.linalg.norm(value, axis=1)
+    norms = np.linalg.norm(examples, axis=2).mean(0)
     if len(norms) <= 3:
         return f"‖·‖ by t: {numbers(norms)}"
     return f"by t: {numbers(norms[0])} … {numbers(norms[-1])}"

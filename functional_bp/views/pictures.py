@@ -1,13 +1,15 @@
 """Pictures of what a pass or a run computed; each function gives a matplotlib ``Figure``.
 
-They need matplotlib, the extra ``plot``. ``figure.savefig(path)`` writes one; a notebook shows it
-(after ``%matplotlib inline``). What is one panel can be drawn into ``axes`` of your own. An
+They need matplotlib, the extra ``plot``. ``figure.savefig(path)`` writes one; a notebook shows it.
+What is one panel can be drawn into ``axes`` of your own. An
 inspection of a batch (``example=None``) says more than one of a single example: norms are then
 means over its examples.
 """
 
 from __future__ import annotations
 
+import functools
+import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -195,14 +197,28 @@ def _panels(count: int, *, size: tuple[float, float], axes: Axes = None) -> tupl
         if not hasattr(axes, "figure"):
             raise ModelError(f"axes: takes matplotlib's Axes, got {told(axes)}")
         return axes.figure, (axes,)
+    figure = _shown_figure()(figsize=(size[0] * count, size[1]), layout="constrained")
+    return figure, np.ravel(figure.subplots(1, count))
+
+
+@functools.cache
+def _shown_figure() -> Any:
+    """matplotlib's ``Figure``, which notebooks also show where nobody has set up pyplot."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError(
             "pictures: takes matplotlib: pip install 'functional_bp[plot]'"
         ) from error
-    figure = Figure(figsize=(size[0] * count, size[1]), layout="constrained")
-    return figure, np.ravel(figure.subplots(1, count))
+
+    class Shown(Figure):
+        def _repr_png_(self) -> bytes:
+            picture = io.BytesIO()
+            self.savefig(picture, format="png")
+            return picture.getvalue()
+
+    Shown.__name__ = "Figure"
+    return Shown
 
 
 def _finished(figure: Figure, panel: Axes, *, whole_x: bool = False) -> Figure:
