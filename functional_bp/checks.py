@@ -14,7 +14,7 @@ import textwrap
 from collections.abc import Callable, Sequence
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -63,8 +63,9 @@ def number(
     raise ModelError(f"{what}: takes {kind}, got {told(value)}")
 
 
-def choice(what: str, value: Any, options: Sequence[str]) -> str:
-    """One of a few words."""
+def choice(what: str, value: Any, words: Any) -> str:
+    """One of the words of a ``Literal``."""
+    options = get_args(words)
     if not isinstance(value, str) or value not in options:
         raise ModelError(f"{what}: takes one of {', '.join(options)}, got {told(value)}")
     return value

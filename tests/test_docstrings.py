@@ -2,10 +2,6 @@
 
 import doctest
 import inspect
-import os
-import pathlib
-import subprocess
-import sys
 from importlib.metadata import version
 
 import jax
@@ -83,28 +79,3 @@ def test_what_is_made_has_the_equations_of_its_maker():
 
 def test_the_version_is_the_installed_ones():
     assert bp.__version__ == version("functional_bp")
-
-
-CALLS = """
-import functional_bp as bp
-
-gradient = bp.value_and_grad(bp.dense(3), bp.losses.squared_error)
-gradient(1, 2, 3, weights=None, key=None)
-gradient(1, 2, 3, weigths=None)
-bp.per_example_grads(bp.dense(3), bp.losses.squared_error)(1, 2, 3, weights=None)
-bp.hvp(bp.dense(3), bp.losses.squared_error)(1, 2, 3)
-bp.dense(3, bais=True)
-bp.huber
-"""
-
-
-@pytest.mark.exhaustive
-def test_a_type_checker_knows_what_the_functions_take(tmp_path):
-    file = tmp_path / "calls.py"
-    file.write_text(CALLS)
-    root = pathlib.Path(bp.__file__).parent.parent
-    command = [sys.executable, "-m", "mypy", "--config-file=", "--follow-imports=silent", str(file)]
-    env = os.environ | {"MYPYPATH": str(root)}
-    said = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True).stdout
-    wrong = [int(line.split(":")[1]) for line in said.splitlines() if ": error:" in line]
-    assert wrong == [6, 7, 8, 9, 10], said
