@@ -56,15 +56,21 @@ def composed(doc: str, equations: Equations | tuple[str, str] | None) -> str:
 def explained(forward: str, backward: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
     """A function that makes layers or losses, with their equations.
 
-    They go into the function's docstring, and with it into every layer or loss that it makes.
+    They go into the function's docstring, and with it into every layer or loss that it makes. A
+    call with other arguments than it takes is a ``ModelError``, as with other values.
     """
     equations = Equations(inspect.cleandoc(forward), inspect.cleandoc(backward))
 
     def explained(make: Callable[P, T]) -> Callable[P, T]:
-        doc = inspect.getdoc(make) or ""
+        doc, signature = inspect.getdoc(make) or "", inspect.signature(make)
 
         @functools.wraps(make)
         def made(*args: P.args, **kwargs: P.kwargs) -> T:
+            try:
+                signature.bind(*args, **kwargs)
+            except TypeError as error:
+                names = ", ".join(signature.parameters)
+                raise ModelError(f"{make.__name__}: takes {names}: {error}") from None
             result = make(*args, **kwargs)
             return dataclasses.replace(result, equations=equations, doc=doc)  # type: ignore[type-var]
 

@@ -2,6 +2,9 @@
 
 import doctest
 import inspect
+import operator
+import pathlib
+import re
 from importlib.metadata import version
 
 import jax
@@ -79,3 +82,32 @@ def test_what_is_made_has_the_equations_of_its_maker():
 
 def test_the_version_is_the_installed_ones():
     assert bp.__version__ == version("functional_bp")
+
+
+ROOT = pathlib.Path(bp.__file__).parent.parent
+
+
+def mentioned():
+    """Every name that a docstring, an error or a page tells a reader to use, and where."""
+    pages = [*ROOT.glob("*.md"), *ROOT.glob("*/*.md"), *(ROOT / "functional_bp").rglob("*.py")]
+    for page in pages:
+        for name in re.findall(r"\bbp\.([A-Za-z]\w*(?:\.[A-Za-z]\w*)*)", page.read_text()):
+            yield name, page.name
+    listed = (ROOT / "README.md").read_text().partition("## What else is there")[2]
+    for name in re.findall(r"`([a-z]\w+)`", listed.partition("Examples, each")[0]):
+        yield name, "README.md"
+
+
+def exists(name):
+    try:
+        operator.attrgetter(name)(bp)
+    except AttributeError:
+        return False
+    return True
+
+
+def test_every_name_that_is_mentioned_exists():
+    names = dict(mentioned())
+    assert {"lstm", "losses.loss", "batch_norm", "testing.check_layer"} < names.keys()
+    assert not {name: page for name, page in names.items() if not exists(name)}
+    assert not exists("no_such_layer")
