@@ -24,6 +24,7 @@ from jax import Array
 from .checks import ModelError, Text, abstract, described, flag, function, random_key, text, told
 from .docstrings import Equations, composed, stated
 from .meshes import by_examples, on_mesh
+from .values import Value
 
 Tree = Any
 
@@ -75,7 +76,7 @@ def not_renewed(params: Tree, residuals: Tree) -> Tree:
 
 
 @dataclass(frozen=True, eq=False)
-class Layer:
+class Layer(Value):
     """A layer or a model, over a batch: inputs, outputs and residuals have the examples first.
 
     ``dataclasses.replace(layer, backward=…)`` is a layer with another backward. If you replace
