@@ -1,4 +1,5 @@
-"""What ``help`` shows of a layer or a loss: its words, and its equations forward and back.
+"""What ``help`` shows of a layer or a loss, its words and its equations forward and back, and what
+an editor shows of a module.
 
 The equations are written once, beside the code, as what ``rule``, ``activation`` and ``loss`` take
 or in front of the function that makes a layer.
@@ -9,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import re
 import textwrap
 from collections.abc import Callable
 from typing import Any, NamedTuple, ParamSpec, TypeVar
@@ -78,3 +80,8 @@ def explained(forward: str, backward: str) -> Callable[[Callable[P, T]], Callabl
         return made
 
     return explained
+
+
+def shown(names: dict[str, Any]) -> Callable[[], list[str]]:
+    """A module's ``__dir__``: of its names those that are public, and Python's own."""
+    return lambda: sorted(n for n in names if n in names["__all__"] or re.fullmatch("__.*__", n))
