@@ -223,7 +223,7 @@ def write_characters(path: Path, characters: list[str]) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    it = options.Parser(__doc__)
+    it = options.Parser(__doc__, needs=("orbax.checkpoint",))
     it.add_argument(
         "--text",
         type=Path,

@@ -42,8 +42,6 @@ import numpy as np
 import optax
 import options
 import pictures
-from dp_accounting import NeighboringRelation
-from dp_accounting.pld import privacy_loss_distribution
 from jax import lax
 
 import functional_bp as bp
@@ -54,7 +52,7 @@ LINES = 12  # printed in a run
 
 
 def parser():
-    it = options.Parser(__doc__)
+    it = options.Parser(__doc__, needs=("matplotlib", "sklearn", "dp_accounting"))
     sigmas = "noise multipliers, one run each (2 4 8)"
     add_mechanism(it, nargs="+", default=[2.0, 4.0, 8.0], help=sigmas)
     it.takes("--steps", options.whole(), 240, "steps of a run")
@@ -195,6 +193,8 @@ def train(model, params, optimizer, gradient, key, data, held_out, ends):
 
 def epsilons(n, rate, rows, noise, delta, steps):
     """ε after each number of steps in ``steps``, for n images and one more or one fewer."""
+    from dp_accounting import NeighboringRelation
+    from dp_accounting.pld import privacy_loss_distribution
 
     def for_larger(n):
         """For the neighbours of which the larger has n images."""

@@ -20,7 +20,6 @@ import dp_sgd
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import jax_privacy
 import optax
 import options
 import pictures
@@ -46,7 +45,7 @@ class Network(nn.Module):
 
 
 def parser():
-    it = options.Parser(__doc__)
+    it = options.Parser(__doc__, needs=("matplotlib", "sklearn", *options.PRIVACY))
     dp_sgd.add_mechanism(it, default=3.0, help="noise multiplier σ (%(default)s)")
     it.takes("--steps", options.whole(), 160, "of training")
     it.takes("--learning-rate", options.number(), 0.01, "of Adam")
@@ -66,6 +65,7 @@ def parser():
 
 def by_jax_privacy(module, max_norm, batch, microbatch=None):
     """``(params, x, y) -> gradient``, the mean of a batch's clipped gradients."""
+    import jax_privacy
 
     def cost(params, x, y):
         logits = module.apply(params, x)

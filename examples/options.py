@@ -3,19 +3,42 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+PRIVACY = ("chex", "dp_accounting", "jax_privacy")  # modules that the extra ``privacy`` brings
+
 
 class Parser(argparse.ArgumentParser):
-    """Describes an example by its docstring, line for line."""
+    """Describes an example by its docstring, line for line.
 
-    def __init__(self, docstring: str | None) -> None:
+    Args:
+      needs: the modules of extras that the example is to import when it is at work. Where one is
+        not installed, it ends before it begins; ``--help`` takes none.
+    """
+
+    def __init__(
+        self, docstring: str | None, needs: tuple[str, ...] = ("matplotlib", "sklearn")
+    ) -> None:
         super().__init__(
             description=docstring, formatter_class=argparse.RawDescriptionHelpFormatter
         )
+        self.needs = needs
+
+    def parse_args(self, *given: Any) -> Any:
+        args = super().parse_args(*given)
+        missing = [module for module in self.needs if not installed(module)]
+        if missing:
+            extras = sorted({"privacy" if module in PRIVACY else "examples" for module in missing})
+            sys.exit(
+                f"takes {' and '.join(missing)}, not installed here; "
+                f"pip install -e '.[{','.join(extras)}]'"
+            )
+        return args
 
     def takes(self, option: str, kind: Callable[[str], Any], default: Any, meaning: str) -> None:
         self.add_argument(option, type=kind, default=default, help=f"{meaning} (%(default)s)")
@@ -35,6 +58,14 @@ class Parser(argparse.ArgumentParser):
             help="go on from the latest checkpoint in the output folder; a run without this option "
             "deletes the checkpoints there and begins anew",
         )
+
+
+def installed(module: str) -> bool:
+    """Whether a module can be found; it is not imported."""
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # what it is a part of
+        return False
 
 
 def whole(least: int = 1, up_to: float = math.inf) -> Callable[[str], int]:

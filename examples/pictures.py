@@ -1,8 +1,6 @@
 """The pictures that the examples learn, handwritten digits, and those that they draw."""
 
 import numpy as np
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 
 IMAGES, HELD_OUT = 1437, 360  # of scikit-learn's 1,797
 
@@ -12,6 +10,9 @@ def digits(*shape, seed=0):
 
     Every digit has the same part of its images held out; which ones, the seed draws.
     """
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
     x, y = load_digits(return_X_y=True)
     x, y = (x / 16).astype(np.float32).reshape(-1, *shape), y.astype(np.int32)
     x, x_test, y, y_test = train_test_split(x, y, train_size=IMAGES, stratify=y, random_state=seed)

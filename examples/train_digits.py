@@ -214,7 +214,7 @@ def save(figure: Figure, panels: list[Any], path: Path) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    it = Parser(__doc__)
+    it = Parser(__doc__, needs=("matplotlib", "sklearn", "orbax.checkpoint"))
     it.add_argument(
         "--data",
         type=folder,

@@ -122,7 +122,7 @@ def draw(networks: dict[str, tuple[np.ndarray, np.ndarray, float]], path: Path) 
 
 
 def parser() -> argparse.ArgumentParser:
-    it = Parser(__doc__)
+    it = Parser(__doc__, needs=("matplotlib",))
     for name, kind, metavar, default, meaning in (
         ("--out", folder, "DIR", "out", "folder for the picture"),
         ("--length", whole(2), "N", 60, "steps of a sequence"),

@@ -1,5 +1,117 @@
 """Hand-written backpropagation in JAX: the δ recursion, with gradients kept factored.
 
+Layers (``model.init(key, x)`` takes one example, ``model.apply(params, x)`` a batch)
+    dense                   fully connected: z = W a + b
+    embedding               a vector for every id
+    rnn                     recurrent, plain
+    lstm                    recurrent, with a cell state and gates
+    gru                     recurrent, with gates
+    bidirectional           a recurrent layer from both ends
+    batch_norm              each feature over the batch, with running averages
+    layer_norm              each position's features, with mean 0 and variance 1
+    rms_norm                each position's features, with a mean square of 1
+    group_norm              groups of features of each example
+    instance_norm           each feature of each example
+    dropout                 drops numbers at random, where there is a key
+    flatten                 an example's numbers on one axis
+
+Activations (layers, used without a call unless they take an argument)
+    sigmoid                 1 / (1 + e^−z)
+    tanh                    the hyperbolic tangent
+    hard_tanh               tanh in three straight pieces
+    relu                    max(z, 0)
+    leaky_relu              relu that lets a little through
+    elu                     the exponential linear unit
+    selu                    the scaled one, of self-normalising networks
+    gelu                    the Gaussian error linear unit, exact
+    gelu_tanh               gelu with tanh in place of Φ
+    silu                    z sigmoid(z), also called swish
+    mish                    z tanh(softplus(z))
+    softplus                log(1 + e^z)
+    softmax                 probabilities from logits
+    log_softmax             log-probabilities from logits
+    glu                     one half of the features, gated by the other's sigmoid
+    geglu                   gated by the other's gelu
+    reglu                   gated by the other's relu
+    swiglu                  gated by the other's silu
+    identity                the input as it is
+
+Combinators (layers made of layers)
+    chain                   one after another
+    parallel                side by side on the same input; gives a tuple
+    add                     the sum of a tuple
+    multiply                the product of a tuple
+    concatenate             a tuple's arrays one after another
+    residual                a layer and a way around it
+    repeat                  n of one kind, as one scan
+    tied                    one parameter in several places
+    at                      a layer on one entry of a dict
+    entry                   one entry of a dict goes on alone
+
+Layers of one's own
+    rule                    from init, forward and backward of one example
+    activation              from σ and σ′
+    gated                   a gated linear unit from σ and σ′
+    through_time            a recurrent layer from a cell
+    Cell                    one step of a recurrent layer
+    Layer                   what a layer is
+    Equations               what a layer computes, forward and back, as text
+    factors                 what a backward returns for each parameter
+
+Layers from other code (traced: δ by autodiff, gradients factored where they can be)
+    from_function           any function of parameters and one example
+    from_flax               a Flax (linen) module
+    from_nnx                a Flax NNX module
+    from_equinox            an Equinox module
+    explain                 how each parameter meets an example, and what is kept of it
+
+Losses
+    losses                  squared, absolute, Huber, hinge, cross-entropies, …; one's own
+    init                    parameters of a model and of a loss that has some
+
+Gradients of a batch (``f(model, loss)`` gives a function of ``params, x, y``)
+    value_and_grad          the mean cost and its gradient, by hand or by autodiff
+    grad                    the gradient alone
+    deltas                  δ of every layer
+    clipped_grad            the sum of clipped gradients of single examples
+    trainable               parameters without those that are frozen or state
+    merged                  trained parameters and the others together again
+
+Gradients of single examples
+    per_example_grads       gₙ
+    per_example_grad_norms  ‖gₙ‖
+    grad_gram               ⟨gₙ, gₘ⟩ for all pairs
+    grad_dots               ⟨gₙ, v⟩
+    empirical_ntk           ⟨∂aₙ/∂θ, ∂aₘ/∂θ⟩: the neural tangent kernel of the outputs a
+    grad_second_moment      the mean of gₙ²
+    grad_variance           the variance of gₙ
+    grad_noise_scale        the batch size at which noise and gradient are equal
+    grad_diversity          how little the gₙ agree
+
+Curvature
+    hvp                     the Hessian times a vector
+    ggnvp                   the generalised Gauss–Newton matrix times a vector
+    ggn_diagonal            its diagonal
+    kronecker_factors       the factors A and G of each parameter's block
+    Kronecker               such a pair
+    contractions            what is asked of a parameter's factored gradient
+
+Training
+    fit                     trains with an optax optimiser; checkpoints, resumption
+    kfac                    an optimiser: natural gradient by Kronecker factors
+    minibatches             batches of examples in memory
+    evaluate                mean cost and metrics over batches
+    Run                     a training run so far
+    History                 its losses and evaluations
+    delete_checkpoints      empties a folder of checkpoints
+    save_params             parameters to a safetensors file
+    load_params             and from one
+    summary                 a model's layers with their shapes and sizes
+
+Proofs and errors
+    testing                 proves a layer's or model's backward against autodiff
+    ModelError              what does not fit a model, named by its place
+
 To read the package, begin with ``layers/dense.py`` and ``layers/activations.py``, where BP2, BP3
 and BP4 are a line each; ``losses/`` has BP1. ``layers/chains.py`` runs the recursion from layer to
 layer, ``recursion.py`` from the cost. Then bottom up:
@@ -24,7 +136,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from . import contractions, factors, losses, testing
 from .checks import ModelError
-from .docstrings import Equations
+from .docstrings import Equations, shown
 from .freezing import merged, trainable
 from .layer import Layer
 from .layers.activations import (
@@ -189,3 +301,5 @@ __all__ = [
     "trainable",
     "value_and_grad",
 ]
+
+__dir__ = shown(globals())

@@ -14,7 +14,7 @@ import textwrap
 from collections.abc import Callable, Sequence
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -63,8 +63,9 @@ def number(
     raise ModelError(f"{what}: takes {kind}, got {told(value)}")
 
 
-def choice(what: str, value: Any, options: Sequence[str]) -> str:
-    """One of a few words."""
+def choice(what: str, value: Any, words: Any) -> str:
+    """One of the words of a ``Literal``."""
+    options = get_args(words)
     if not isinstance(value, str) or value not in options:
         raise ModelError(f"{what}: takes one of {', '.join(options)}, got {told(value)}")
     return value
@@ -147,7 +148,9 @@ def random_key(what: str, value: Any, *, or_none: bool = True) -> Any:
     typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key) and shape == ()
     raw = dtype == np.uint32 and shape is not None and len(shape) == 1
     if not (typed or raw):
-        raise ModelError(f"{what}: takes one key of jax.random, got {told(value)}")
+        raise ModelError(
+            f"{what}: takes one key of jax.random, such as jax.random.key(0), got {told(value)}"
+        )
     return value
 
 
@@ -191,15 +194,15 @@ def told(value: Any) -> str:
 def described(x: Tree) -> str:
     """Shapes and dtypes of a tree, as an error says them: ``float32(32, 10)``."""
 
-    def leaf_text(leaf: Any) -> _Text:
+    def leaf_text(leaf: Any) -> Text:
         if hasattr(leaf, "dtype"):
-            return _Text(f"{leaf.dtype}{tuple(leaf.shape)}")
-        return _Text(type(leaf).__name__)
+            return Text(f"{leaf.dtype}{tuple(leaf.shape)}")
+        return Text(type(leaf).__name__)
 
     return textwrap.shorten(str(jax.tree.map(leaf_text, x)), 300, placeholder=" …")
 
 
-class _Text(str):
+class Text(str):
     """Text that prints without quotes inside a tree."""
 
     __repr__ = str.__str__

@@ -30,6 +30,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from .checks import ModelError, described
+from .docstrings import shown
 from .factors.combined import Stacked, Sum, as_stack
 from .factors.factored import Factored, Itself, Outer
 
@@ -228,3 +229,22 @@ def join_results(contract: Tree, results: Tree) -> Tree:
         results,
         is_leaf=is_contraction,
     )
+
+
+__all__ = [
+    "Contraction",
+    "dot",
+    "drop",
+    "each",
+    "each_delta",
+    "gram",
+    "keep",
+    "second_moment",
+    "second_order",
+    "squared_norm",
+    "squared_norms",
+    "total",
+    "weighted",
+]
+
+__dir__ = shown(globals())

@@ -1,4 +1,5 @@
-"""What ``help`` shows of a layer or a loss: its words, and its equations forward and back.
+"""What ``help`` shows of a layer or a loss, its words and its equations forward and back, and what
+an editor shows of a module.
 
 The equations are written once, beside the code, as what ``rule``, ``activation`` and ``loss`` take
 or in front of the function that makes a layer.
@@ -9,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import re
 import textwrap
 from collections.abc import Callable
 from typing import Any, NamedTuple, ParamSpec, TypeVar
@@ -71,15 +73,21 @@ def explained(
 ) -> Callable[[Callable[P, T]], Callable[P, T]]:
     """A function that makes layers or losses, with their equations, about x and y.
 
-    They go into the function's docstring, and with it into every layer or loss that it makes.
+    They go into the function's docstring, and with it into every layer or loss that it makes. A
+    call with other arguments than it takes is a ``ModelError``, as with other values.
     """
     equations = Equations(inspect.cleandoc(forward), inspect.cleandoc(backward), x, y)
 
     def explained(make: Callable[P, T]) -> Callable[P, T]:
-        doc = inspect.getdoc(make) or ""
+        doc, signature = inspect.getdoc(make) or "", inspect.signature(make)
 
         @functools.wraps(make)
         def made(*args: P.args, **kwargs: P.kwargs) -> T:
+            try:
+                signature.bind(*args, **kwargs)
+            except TypeError as error:
+                names = ", ".join(signature.parameters)
+                raise ModelError(f"{make.__name__}: takes {names}: {error}") from None
             result = make(*args, **kwargs)
             return dataclasses.replace(result, equations=equations, doc=doc)  # type: ignore[type-var]
 
@@ -87,3 +95,8 @@ def explained(
         return made
 
     return explained
+
+
+def shown(names: dict[str, Any]) -> Callable[[], list[str]]:
+    """A module's ``__dir__``: of its names those that are public, and Python's own."""
+    return lambda: sorted(n for n in names if n in names["__all__"] or re.fullmatch("__.*__", n))

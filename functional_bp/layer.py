@@ -21,9 +21,10 @@ from typing import Any
 import jax
 from jax import Array
 
-from .checks import ModelError, abstract, described, flag, function, random_key, text, told
+from .checks import ModelError, Text, abstract, described, flag, function, random_key, text, told
 from .docstrings import Equations, composed, stated
 from .meshes import by_examples, on_mesh
+from .values import Value
 
 Tree = Any
 
@@ -75,7 +76,7 @@ def not_renewed(params: Tree, residuals: Tree) -> Tree:
 
 
 @dataclass(frozen=True, eq=False)
-class Layer:
+class Layer(Value):
     """A layer or a model, over a batch: inputs, outputs and residuals have the examples first.
 
     ``dataclasses.replace(layer, backward=…)`` is a layer with another backward. If you replace
@@ -150,13 +151,19 @@ class Layer:
           ModelError: where parameters, inputs or key do not fit the model.
         """
         random_key("key", key)
-        with place("x:"):
-            batch_size(x)
+        model = self.inference()
 
         def outputs(params: Tree, x: Tree, key: Array | None) -> Tree:
-            return self.inference().forward(params, x, key)[0]
+            return model.forward(params, x, key)[0]
 
-        return on_mesh(outputs, params, x, key, results=lambda _: by_examples(x))
+        try:
+            with place("x:"):
+                batch_size(x)
+            return on_mesh(outputs, params, x, key, results=lambda _: by_examples(x))
+        except Exception as error:
+            if _is_one_example(model, params, x):
+                raise _one_for_a_batch(x, error) from error
+            raise
 
     def inference(self) -> Layer:
         """The model with every layer as it is at inference: running averages for a batch's.
@@ -239,7 +246,48 @@ def shapes_of(x: Tree) -> Tree:
 def check_array(x: Tree) -> None:
     """Raises unless x is one array."""
     if not hasattr(x, "shape"):
-        raise ModelError(f"takes one array, got {described(x)}")
+        raise ModelError(f"takes one array, got {described(x)}{way_to_one_array(x)}")
+
+
+def way_to_one_array(x: Tree) -> str:
+    """How a model gets one array of a dict or a tuple, as the end of an error."""
+    if isinstance(x, dict) and x:
+        entry = "x" if "x" in x else next(iter(x))
+        return (
+            f'; bp.entry("{entry}") before it goes on with that entry alone, bp.at("{entry}", …) '
+            "around it works on that entry and leaves the others as they are"
+        )
+    if isinstance(x, tuple) and x:
+        return "; bp.concatenate(), bp.add or bp.multiply before it makes one of a tuple"
+    return ""
+
+
+def _is_one_example(model: Layer, params: Tree, x: Tree) -> bool:
+    """Whether a model takes what has the shapes of x as one example, and not as a batch."""
+
+    def fits(batch_of: Callable[[Tree], Tree]) -> bool:
+        try:
+            batch = batch_of(x)
+            batch_size(batch)
+            jax.eval_shape(model.forward, params, batch)
+        except Exception:
+            return False
+        return True
+
+    return fits(functools.partial(batch_of, 1)) and not fits(shapes_of)
+
+
+def _one_for_a_batch(x: Tree, error: Exception) -> ModelError:
+    def of_batch(leaf: Any) -> str:
+        return f"{leaf.dtype}({', '.join(['n', *map(str, leaf.shape)])})"
+
+    batch = jax.tree.map(lambda leaf: Text(of_batch(leaf)), shapes_of(x))
+    one = "x[None]" if hasattr(x, "shape") else "jax.tree.map(lambda a: jnp.asarray(a)[None], x)"
+    taken = f". Taken as a batch: {error}" if isinstance(error, ModelError) else ""
+    return ModelError(
+        f"x: takes a batch, with the examples on the first axis of every array, {batch}, got one "
+        f"example, {described(shapes_of(x))}; {one} is a batch of one{taken}"
+    )
 
 
 def batch_size(x: Tree) -> int:

@@ -50,9 +50,16 @@ def paired(model: Model, loss: Loss | None) -> tuple[Layer, Loss]:
         return from_cost(model), cost_itself
     raise ModelError(
         "takes a layer and a loss of bp.losses, or a function cost(params, x, y) of one example "
-        f"and no loss, got {told(model)} and {told(loss)}; bp.from_function makes a layer of any "
-        "model"
+        f"and no loss, got {told(model)} and {told(loss)}; {_way_to_a_pair(model, loss)}"
     )
+
+
+def _way_to_a_pair(model: Any, loss: Any) -> str:
+    if not isinstance(model, Layer) or not callable(loss):
+        return "bp.from_function makes a layer of any model"
+    if getattr(loss, "__module__", "").startswith(Loss.__module__.rpartition(".")[0]):
+        return f"bp.losses.{loss.__name__}(…) makes a loss"
+    return "bp.losses.loss(C, jax.grad(C)) makes a loss of a function C(a, y) of one example"
 
 
 def init(model: Layer, loss: Loss, key: Array, x: Tree, y: Tree) -> Tree:

@@ -1,10 +1,13 @@
 """What does not fit is named: the layer by its place, what was given, what is taken."""
 
 import dataclasses
+import re
 
+import flax.linen
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import functional_bp as bp
@@ -26,6 +29,7 @@ WIDER = (bp.dense(8).init(KEY, X[0]), *PARAMS[1:])
 STACK = bp.repeat(bp.dense(6), 3)
 STACK_PARAMS = {"weight": np.ones((3, 6, 6), np.float32), "bias": np.ones((3, 6), np.float32)}
 TIED = bp.tied(bp.chain(bp.dense(6), bp.dense(6)), {(1, "weight"): (0, "weight")})
+SEQUENCE = {"x": np.ones((5, 3), np.float32), "length": np.int32(2)}
 PLACED = {
     "a wrong feature count": (lambda: grad(x=X[:, :2]), r"chain\[0\] dense\(4\):.*6.*\(2,\)"),
     "integers for numbers": (lambda: grad(x=X.astype(int)), r"chain\[0\] dense\(4\):.*int"),
@@ -156,6 +160,40 @@ PLACED = {
         lambda: MODEL.init(KEY, [1.0, 2.0]),
         r"chain\[0\] dense\(4\):.*one array",
     ),
+    "a dict for ids": (
+        lambda: bp.chain(bp.embedding(4, 2), bp.lstm(3)).init(KEY, {"x": Y, "length": Y[0]}),
+        r"chain\[0\] embedding\(4, 2\): takes one array, got .*'length'.*bp\.at\(\"x\", …\)",
+    ),
+    "a sequence's dict for an array": (
+        lambda: bp.chain(bp.lstm(3), bp.dense(2)).init(KEY, SEQUENCE),
+        r"chain\[1\] dense\(2\): takes one array, got .*'length'.*bp\.entry\(\"x\"\)",
+    ),
+    "a sequence's dict for an array, deep inside": (
+        lambda: bp.chain(bp.lstm(6), bp.repeat(bp.residual(bp.dense(6)), 2)).init(KEY, SEQUENCE),
+        r"chain\[1\] repeat residual\[0\] dense\(6\): takes one array.*bp\.entry\(\"x\"\)",
+    ),
+    "a sequence's dict for a loss": (
+        lambda: bp.grad(bp.identity, bp.losses.squared_error)((), {"x": X, "length": Y}, X),
+        r"squared_error: takes one array of outputs.*bp\.entry\(\"x\"\)",
+    ),
+    "a tuple for an array": (
+        lambda: bp.chain(bp.parallel(bp.relu, bp.tanh), bp.dense(2)).init(KEY, X[0]),
+        r"chain\[1\] dense\(2\): takes one array.*bp\.concatenate\(\)",
+    ),
+    "one class": (
+        lambda: bp.grad(bp.dense(1), LOSS)(bp.dense(1).init(KEY, X[0]), X, Y * 0),
+        r"softmax_cross_entropy: takes .*two classes or more, got \(1,\).*sigmoid_cross_entropy",
+    ),
+    "one class, smoothed": (
+        lambda: bp.grad(bp.identity, bp.losses.smoothed_softmax_cross_entropy(0.1))(
+            (), X[:, :1], Y * 0
+        ),
+        r"smoothed_softmax_cross_entropy\(0.1\): takes .*two classes or more, got \(1,\)",
+    ),
+    "one class's probabilities": (
+        lambda: bp.grad(bp.identity, bp.losses.kl_divergence)((), X[:, :1], X[:, :1]),
+        r"kl_divergence: takes .*two classes or more, got \(1,\)",
+    ),
     "frozen layers of another model": (
         lambda: bp.grad(MODEL, LOSS, frozen=(True, False))(PARAMS, X, Y),
         r"frozen:",
@@ -207,6 +245,85 @@ def test_a_layer_that_mixes_examples_has_no_quantities_of_one(quantity):
         getattr(bp, quantity)(bp.chain(bp.relu, mixing), LOSS, *bound)
 
 
+FLAX = bp.from_flax(flax.linen.Dense(2))
+PLAIN = bp.from_function(
+    lambda w, x: w @ x, init=lambda key, x: jax.random.normal(key, (2, *x.shape)), name="plain"
+)
+ONE_EXAMPLE = {
+    "a vector": (MODEL, X[0], "float32(n, 6)"),
+    "a sequence": (bp.lstm(3), SEQUENCE["x"], "float32(n, 5, 3)"),
+    "a dict": (bp.lstm(3), SEQUENCE, "{'length': int32(n), 'x': float32(n, 5, 3)}"),
+    "an id": (bp.embedding(4, 2), np.int32(1), "int32(n)"),
+    "ids": (bp.chain(bp.embedding(4, 2), bp.lstm(3)), np.array([1, 2], np.int32), "int32(n, 2)"),
+    "of a function": (PLAIN, X[0], "float32(n, 6)"),
+    "of Flax": (FLAX, X[0], "float32(n, 6)"),
+}
+
+
+@pytest.mark.parametrize("given", ONE_EXAMPLE)
+def test_one_example_in_place_of_a_batch_is_named_as_such(given):
+    model, x, batch = ONE_EXAMPLE[given]
+    wanted = re.escape(
+        f"x: takes a batch, with the examples on the first axis of every array, {batch}"
+    )
+    with pytest.raises(bp.ModelError, match=f"^{wanted}, got one example, .*is a batch of one"):
+        model.apply(model.init(KEY, x), x)
+
+
+def test_a_batch_of_one_made_as_the_message_says_is_taken():
+    model, x, _ = ONE_EXAMPLE["a dict"]
+    batch = jax.tree.map(lambda a: jnp.asarray(a)[None], x)
+    assert model.apply(model.init(KEY, x), batch)["x"].shape == (1, 5, 3)
+
+
+TAKES_KEY = {
+    "init": lambda key: MODEL.init(key, X[0]),
+    "init of a layer": lambda key: bp.dense(2).init(key, X[0]),
+    "init of a function": lambda key: PLAIN.init(key, X[0]),
+    "init of Flax": lambda key: FLAX.init(key, X[0]),
+    "init with a loss": lambda key: bp.init(MODEL, LOSS, key, X[0], Y[0]),
+    "apply": lambda key: MODEL.apply(PARAMS, X, key),
+    "grad": lambda key: grad(key=key),
+    "norms": lambda key: bp.per_example_grad_norms(MODEL, LOSS)(PARAMS, X, Y, key=key),
+    "fit": lambda key: bp.fit(MODEL, LOSS, PARAMS, [(X, Y)], optax.sgd(0.1), epochs=1, key=key),
+}
+
+
+@pytest.mark.parametrize("where", TAKES_KEY)
+@pytest.mark.parametrize("bad", [0, "seed", np.array([0, 1]), X])
+def test_a_seed_in_place_of_a_key_is_named(where, bad):
+    with pytest.raises(
+        bp.ModelError, match=r"key: takes one key .*such as jax.random.key\(0\), got"
+    ):
+        TAKES_KEY[where](bad)
+
+
+CALLS = {
+    "an unknown option": (
+        lambda: bp.lstm(3, dropout=0.1),
+        r"lstm: takes hidden, output, reverse, .*checkpoint: .*'dropout'",
+    ),
+    "a misspelt option": (
+        lambda: bp.gru(3, ouput="last"),
+        r"gru: takes hidden, output.*got .*'ouput'",
+    ),
+    "an option of another library": (
+        lambda: bp.dense(3, activation="relu"),
+        r"dense: takes features, bias.*got .*'activation'",
+    ),
+    "an option of a loss": (lambda: bp.losses.huber(delta=1.0), r"huber: takes threshold.*'delta'"),
+    "nothing": (lambda: bp.embedding(3), r"embedding: takes vocabulary, features.*'features'"),
+    "too much": (lambda: bp.dropout(0.1, 0.2), r"dropout: takes rate: too many"),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_an_argument_that_there_is_not_is_named_with_those_that_there_are(call):
+    act, message = CALLS[call]
+    with pytest.raises(bp.ModelError, match=f"^{message}"):
+        act()
+
+
 @pytest.mark.parametrize("max_norm", [0.0, -1.0, float("nan"), float("inf")])
 def test_a_bound_that_is_not_above_zero_is_refused(max_norm):
     with pytest.raises(ValueError, match="max_norm: takes a finite number above 0"):
@@ -228,8 +345,14 @@ def test_an_error_inside_a_users_rule_says_where_it_was():
 
 def test_what_is_not_a_layer_or_a_loss_is_named():
     model, loss = bp.dense(2), bp.losses.squared_error
-    for given in ((loss, model), (model, lambda a, y: 0.0)):
-        with pytest.raises(bp.ModelError, match="takes a layer and a loss"):
+    a_function = "bp.losses.loss(C, jax.grad(C)) makes a loss of a function C(a, y)"
+    for given, way in {
+        (loss, model): "bp.from_function makes a layer",
+        (model, lambda a, y: 0.0): a_function,
+        (model, optax.l2_loss): a_function,
+        (model, bp.losses.huber): "bp.losses.huber(…) makes a loss",
+    }.items():
+        with pytest.raises(bp.ModelError, match=f"takes a layer and a loss.*{re.escape(way)}"):
             bp.value_and_grad(*given)
     with pytest.raises(bp.ModelError, match="relu: is a layer, not a function"):
         bp.relu()

@@ -129,6 +129,27 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
 
 
+@pytest.mark.skipif(os.name != "posix", reason="modes are of POSIX systems")
+@pytest.mark.parametrize("umask, mode", [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_a_file_has_the_mode_of_any_new_file(umask, mode, tmp_path):
+    before = os.umask(umask)
+    try:
+        bp.save_params(tmp_path / "file", start(MODELS["chain"]))
+    finally:
+        os.umask(before)
+    assert (tmp_path / "file").stat().st_mode & 0o777 == mode
+    assert [file.name for file in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="modes are of POSIX systems")
+def test_a_file_written_again_keeps_its_mode(tmp_path):
+    path = tmp_path / "file"
+    bp.save_params(path, start(MODELS["chain"]))
+    path.chmod(0o640)
+    bp.save_params(path, start(MODELS["repeat"]))
+    assert path.stat().st_mode & 0o777 == 0o640
+
+
 def test_two_parameters_of_one_name_are_refused(tmp_path):
     with pytest.raises(bp.ModelError, match=r"got 'a\.b' twice"):
         bp.save_params(tmp_path / "file", {"a": {"b": jnp.zeros(1)}, "a.b": jnp.zeros(1)})

@@ -33,6 +33,7 @@ Index letters in every einsum of this folder: n, m examples; t, s positions; o t
 parameter; i its columns.
 """
 
+from ..docstrings import shown
 from .combined import Stacked, Sum
 from .factored import Factored, Itself, Outer, Summed, accumulator, per_example, wide
 from .rows import Rows
@@ -49,3 +50,5 @@ __all__ = [
     "per_example",
     "wide",
 ]
+
+__dir__ = shown(globals())

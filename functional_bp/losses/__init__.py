@@ -23,6 +23,7 @@ or probabilities of a's shape. Where only some positions count, y is a dict of `
 the first so many, or of ``y`` and ``mask``, bools ``(*positions)``; the mean is over those.
 """
 
+from ..docstrings import shown
 from .classification import (
     kl_divergence,
     perplexity,
@@ -47,3 +48,5 @@ __all__ = [
     "softmax_cross_entropy",
     "squared_error",
 ]
+
+__dir__ = shown(globals())

@@ -13,7 +13,7 @@ from ..docstrings import explained
 from ..factors.factored import accumulator
 from ..layer import place
 from .definition import Loss, loss
-from .targets import ids_or_probabilities, is_ids, same_shape, target_and_mask
+from .targets import ids_or_probabilities, is_ids, probabilities, same_shape, target_and_mask
 
 Tree = Any
 
@@ -172,7 +172,7 @@ kl_divergence = loss(
     _kl_value,
     _softmax_delta,
     name="kl_divergence",
-    check=same_shape,
+    check=probabilities,
     root=_softmax_root,
     sample=_softmax_sample,
     equations=(

@@ -16,6 +16,7 @@ from ..contractions import check_factors, contract_factors, is_factor, keep
 from ..docstrings import Equations, composed, stated
 from ..factors.factored import per_example
 from ..layer import Layer, a_layer, no_parameters, one_of, placed
+from ..values import Value
 
 Tree = Any
 
@@ -29,7 +30,7 @@ def _unchanged(pair: Layer) -> Layer:
 
 
 @dataclass(frozen=True, eq=False)
-class Loss:
+class Loss(Value):
     """C(a, y) for one example and its derivative by a. Make one with ``bp.losses.loss``.
 
     Attributes:

@@ -19,8 +19,14 @@ def is_array(a: Tree, y: Tree) -> None:
     if not (hasattr(a, "shape") and hasattr(y, "shape")):
         raise ModelError(
             "takes one array of outputs and one of targets, or a dict of y and length or mask "
-            f"where the loss knows them, got {described(a)} and {described(y)}"
+            f"where the loss knows them, got {described(a)} and {described(y)}{_way_to_one(a)}"
         )
+
+
+def _way_to_one(a: Tree) -> str:
+    if not isinstance(a, dict) or not a:
+        return ""
+    return f'; bp.entry("{"x" if "x" in a else next(iter(a))}") as the last layer gives one array'
 
 
 def same_shape(a: Array, y: Array) -> None:
@@ -40,9 +46,7 @@ def ids_or_probabilities(a: Array, y: Tree) -> None:
         _check_masked(a, y)
         y, mask = jax.vmap(target_and_mask)(a, y)
     is_array(a, y)
-    if a.ndim < 2:
-        raise ModelError(f"takes outputs of shape (..., classes), got {tuple(a.shape[1:])}")
-    *outer, classes = a.shape
+    *outer, classes = _checked_classes(a)
     if y.shape == a.shape and jnp.issubdtype(y.dtype, jnp.floating):
         return
     if y.shape != tuple(outer) or not jnp.issubdtype(y.dtype, jnp.integer):
@@ -56,6 +60,25 @@ def ids_or_probabilities(a: Array, y: Tree) -> None:
             raise ModelError(
                 f"takes class ids from 0 to {classes - 1}, got {ids.min()} to {ids.max()}"
             )
+
+
+def probabilities(a: Array, y: Array) -> None:
+    """Raises unless the targets have the outputs' shape, of which the last axis is the classes."""
+    same_shape(a, y)
+    _checked_classes(a)
+
+
+def _checked_classes(a: Array) -> tuple[int, ...]:
+    """The shape of a batch's logits, ``(n, *positions, classes)``."""
+    if a.ndim < 2:
+        raise ModelError(f"takes outputs of shape (..., classes), got {tuple(a.shape[1:])}")
+    if a.shape[-1] == 1:
+        raise ModelError(
+            "takes outputs of shape (..., classes), two classes or more, got "
+            f"{tuple(a.shape[1:])}: the softmax of one number is 1, whatever it is, and nothing "
+            "would be trained; for one logit there is bp.losses.sigmoid_cross_entropy"
+        )
+    return a.shape
 
 
 def is_ids(a: Array, y: Array) -> bool:

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,7 @@ from ..quantity import (
     like,
 )
 from ..recursion import Model, check_batch, separate
-from .norms import GROUPS, examples_first, norms_of
+from .norms import Groups, examples_first, norms_of
 
 Tree = Any
 
@@ -50,8 +50,8 @@ def clipped_grad(
     max_norm: float | None = None,
     *,
     normalize_by: float | None = None,
-    per: str = "model",
-    recursions: int | None = None,
+    per: Groups = "model",
+    recursions: Literal[1, 2] | None = None,
     has_aux: bool = False,
     microbatch: int | None = None,
 ) -> OfBatch[Any]:
@@ -102,7 +102,7 @@ def clipped_grad(
       [-0.75]
     """
     cost = separate(model, loss)
-    choice("per", per, GROUPS)
+    choice("per", per, Groups)
     bound = number("max_norm", max_norm, above=0)
     if normalize_by is not None:
         number("normalize_by", normalize_by, above=0)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -43,8 +43,8 @@ from .heads import with_head
 from .inner_products import vector
 
 Tree = Any
-SHARED = ("expand", "reduce")
-FISHER = ("empirical", "sampled", "exact")
+Shared = Literal["expand", "reduce"]
+Fisher = Literal["empirical", "sampled", "exact"]
 
 
 def hvp(
@@ -201,9 +201,9 @@ def kronecker_factors(
     model: Model,
     loss: Loss | None = None,
     *,
-    fisher: str = "empirical",
+    fisher: Fisher = "empirical",
     samples: int = 1,
-    shared: str = "expand",
+    shared: Shared = "expand",
     microbatch: int | None = None,
 ) -> OfBatch[Tree]:
     """Kronecker factors of each parameter's block of the Fisher or Gauss–Newton matrix.
@@ -249,8 +249,8 @@ def kronecker_factors(
     """
     cost = separate(model, loss)
     whole("samples", samples)
-    choice("fisher", fisher, FISHER)
-    choice("shared", shared, SHARED)
+    choice("fisher", fisher, Fisher)
+    choice("shared", shared, Shared)
     passes = (
         _of_targets(cost) if fisher == "empirical" else _of_hessian(model, loss, fisher, samples)
     )
@@ -289,7 +289,7 @@ def _of_targets(cost: Layer) -> Passes:
     return passes
 
 
-def _of_hessian(model: Model, loss: Loss | None, fisher: str, samples: int) -> Passes:
+def _of_hessian(model: Model, loss: Loss | None, fisher: Fisher, samples: int) -> Passes:
     outputs, last = with_head(*paired(model, loss))
     deltas = _deltas(last, fisher, samples)
 
@@ -313,7 +313,7 @@ def _kronecker(inputs: Moment | None, outputs: Moment | None) -> Kronecker | Non
     return Kronecker(columns.mean, rows.mean)
 
 
-def _deltas(loss: Loss, fisher: str, samples: int) -> Callable[..., Tree]:
+def _deltas(loss: Loss, fisher: Fisher, samples: int) -> Callable[..., Tree]:
     """``(a, y, key, result) -> Σ result(δ)`` over the δ that stand for H = Σ δ δᵀ."""
 
     def sampled(a: Tree, y: Tree, key: Array | None, result: Callable[[Tree], Tree]) -> Tree:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
 import jax
 from jax import Array
@@ -26,14 +26,14 @@ from ..quantity import (
 from ..recursion import Model, with_loss
 
 Tree = Any
-METHODS = ("manual", "autodiff")
+Method = Literal["manual", "autodiff"]
 
 
 def value_and_grad(
     model: Model,
     loss: Loss | None = None,
     *,
-    method: str = "manual",
+    method: Method = "manual",
     frozen: Frozen = None,
     microbatch: int | None = None,
     renew: bool = False,
@@ -73,7 +73,7 @@ def value_and_grad(
       (10.0, [4.0], [[10.0]])
     """
     cost = with_loss(model, loss)
-    choice("method", method, METHODS)
+    choice("method", method, Method)
     check_frozen(frozen)
     if flag("renew", renew) and microbatch is not None:
         raise ModelError(
@@ -135,7 +135,7 @@ def grad(
     model: Model,
     loss: Loss | None = None,
     *,
-    method: str = "manual",
+    method: Method = "manual",
     frozen: Frozen = None,
     microbatch: int | None = None,
 ) -> OfBatch[Tree]:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 Tree = Any
-GROUPS = ("model", "layer", "parameter")
+Groups = Literal["model", "layer", "parameter"]
 
 
-def norms_of(squared: Tree, per: str, costs: Array) -> Tree:
+def norms_of(squared: Tree, per: Groups, costs: Array) -> Tree:
     """Norms of each group of parameters, ``(*layers of the stack, batch)``, from their squares."""
     if per == "parameter":
         return jax.tree.map(_root, squared)

@@ -9,7 +9,7 @@ from ..contractions import each, squared_norms
 from ..losses.definition import Loss
 from ..quantity import Batch, OfExamples, Results, learned, like, of_examples
 from ..recursion import Model, separate
-from .norms import GROUPS, examples_first, norms_of
+from .norms import Groups, examples_first, norms_of
 
 Tree = Any
 
@@ -48,7 +48,7 @@ def per_example_grad_norms(
     model: Model,
     loss: Loss | None = None,
     *,
-    per: str = "model",
+    per: Groups = "model",
     microbatch: int | None = None,
 ) -> OfExamples[Any]:
     """‖gₙ‖, the L2 norm of each example's gradient, without ever forming the gradient.
@@ -76,7 +76,7 @@ def per_example_grad_norms(
       [3. 4.]
     """
     cost = separate(model, loss)
-    choice("per", per, GROUPS)
+    choice("per", per, Groups)
 
     def formula(batch: Batch) -> Results:
         r = batch.recursion(cost)

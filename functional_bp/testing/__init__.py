@@ -7,7 +7,10 @@ batch equals its examples one by one. Otherwise it raises ``AssertionError`` wit
 leaf, the largest error and where it is.
 """
 
+from ..docstrings import shown
 from .layers import check_layer
 from .models import check_model
 
 __all__ = ["check_layer", "check_model"]
+
+__dir__ = shown(globals())

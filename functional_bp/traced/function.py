@@ -14,7 +14,16 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from ..checks import ModelError, described, function, is_traced, scalar_cost, takes, text
+from ..checks import (
+    ModelError,
+    described,
+    function,
+    is_traced,
+    random_key,
+    scalar_cost,
+    takes,
+    text,
+)
 from ..contractions import Contraction, asks_layers, broadcast, contract_layer, is_contraction, keep
 from ..docstrings import explained
 from ..factors.factored import Factored
@@ -71,9 +80,14 @@ def from_function(
     function("from_function: is_state", is_state)
     name = f"from_function({_name_of(apply)})" if name is None else text("name", name)
     traced = _Traced(apply, is_state)
+
+    def initial(key: Array, x: Tree) -> Tree:
+        random_key("key", key, or_none=False)
+        return init(key, x)
+
     layer = Layer(
         name=name,
-        init=init,
+        init=initial,
         forward=traced.forward,
         backward=traced.backward,
         reference=traced.outputs,

@@ -24,6 +24,7 @@ from ..checks import (
 from ..freezing import Frozen
 from ..layer import Layer
 from ..losses.definition import Loss
+from ..quantities.gradients import Method
 from ..recursion import Model, paired
 from .batches import Batches, Padded, each_epoch, with_first
 from .checkpoints import Checkpoints
@@ -46,7 +47,7 @@ def fit(
     epochs: int | None = None,
     steps: int | None = None,
     key: Array | None = None,
-    method: str = "manual",
+    method: Method = "manual",
     frozen: Frozen = None,
     microbatch: int | None = None,
     evaluation: Batches | None = None,

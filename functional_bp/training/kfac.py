@@ -12,7 +12,7 @@ from jax import Array, lax
 from ..checks import ModelError, number, told, whole
 from ..freezing import merged
 from ..losses.definition import Loss
-from ..quantities.curvature import Kronecker, kronecker_factors
+from ..quantities.curvature import Fisher, Kronecker, Shared, kronecker_factors
 from ..recursion import Model, with_loss
 
 Tree = Any
@@ -37,8 +37,8 @@ def kfac(
     momentum: float = 0.0,
     max_step: float | None = 1e-2,
     inverse_every: int = 5,
-    fisher: str = "sampled",
-    shared: str = "expand",
+    fisher: Fisher = "sampled",
+    shared: Shared = "expand",
     microbatch: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Natural gradient by Kronecker-factored curvature.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -34,8 +35,9 @@ def named(tree: Tree) -> dict[str, Any]:
 def save_params(path: str | os.PathLike[str], params: Tree) -> None:
     """Writes parameters to a safetensors file, each under its path: ``0.weight``, ``0.bias``, ….
 
-    A tied parameter is written once, at its source. The file appears whole or not at all.
-    (The extra ``safetensors``.)
+    A tied parameter is written once, at its source. The file appears whole or not at all. It has
+    the mode of the one that it takes the place of, or that of any new file. (The extra
+    ``safetensors``.)
 
     Raises:
       ModelError: if two parameters would have the same name.
@@ -58,6 +60,7 @@ def save_params(path: str | os.PathLike[str], params: Tree) -> None:
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as folder:
         written = Path(folder) / target.name
         safetensors.numpy.save_file(arrays, written)
+        shutil.copymode(_with_its_mode(target, Path(folder)), written)
         os.replace(written, target)
 
 
@@ -109,6 +112,15 @@ def load_params(path: str | os.PathLike[str], like: Tree) -> Tree:
     return jax.tree.unflatten(
         jax.tree.structure(like), [jnp.asarray(arrays[name]) for name in wanted]
     )
+
+
+def _with_its_mode(target: Path, folder: Path) -> Path:
+    """A file with the mode of what is written to ``target``. (Only the system knows the umask.)"""
+    if target.exists():
+        return target
+    new = folder / "new"
+    new.touch()
+    return new
 
 
 def _told(leaf: Any) -> str:

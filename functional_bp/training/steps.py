@@ -16,7 +16,7 @@ from ..checks import abstract
 from ..freezing import frozen_leaves, merged, trainable
 from ..layer import Layer, renews
 from ..losses.definition import Loss
-from ..quantities.gradients import value_and_grad
+from ..quantities.gradients import Method, value_and_grad
 from ..recursion import with_loss
 from .program import contents_of, program_of
 from .run_identity import Identity, described_run, described_settings, hyperparameters
@@ -54,7 +54,7 @@ class Setting(NamedTuple):
     model: Layer
     loss: Loss
     optimizer: optax.GradientTransformation
-    method: str
+    method: Method
     frozen: tuple[Any, tuple[bool, ...]]
     microbatch: int | None
 
@@ -66,7 +66,7 @@ class Setting(NamedTuple):
         params: Tree,
         optimizer: optax.GradientTransformation,
         *,
-        method: str,
+        method: Method,
         frozen: Any,
         microbatch: int | None,
     ) -> Setting:

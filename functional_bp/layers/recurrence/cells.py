@@ -10,7 +10,7 @@ for δ: ``local`` makes it for many steps at once.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -22,9 +22,10 @@ from ...factors.factored import Outer, Summed
 from ...layer import Layer
 from ..dense import lecun_normal
 from .cell import Cell, State, product
-from .through_time import through_time
+from .through_time import Output, through_time
 
 Tree = Any
+Activation = Literal["tanh", "relu"]
 sigmoid, tanh = lax.logistic, lax.tanh
 
 
@@ -65,7 +66,16 @@ def _factors(delta: Array, x: Array, h_before: Array) -> Tree:
         ∂C/∂b = Σ_t δ_t      (BP3)""",
     y="h",
 )
-def rnn(hidden: int, *, activation: str = "tanh", **options: Any) -> Layer:
+def rnn(
+    hidden: int,
+    *,
+    activation: Activation = "tanh",
+    output: Output = "sequence",
+    reverse: bool = False,
+    trained_state: bool = False,
+    truncate: int | None = None,
+    checkpoint: bool | int = False,
+) -> Layer:
     """A plain recurrent layer (Elman 1990).
 
     (Werbos 1990, "Backpropagation through time".)
@@ -75,7 +85,7 @@ def rnn(hidden: int, *, activation: str = "tanh", **options: Any) -> Layer:
     Args:
       hidden: h, the number of units.
       activation: f, ``"tanh"`` or ``"relu"``.
-      options: those of ``bp.through_time``.
+      output, reverse, trained_state, truncate, checkpoint: as in ``bp.through_time``.
 
     Raises:
       ModelError: for an unknown activation.
@@ -87,7 +97,7 @@ def rnn(hidden: int, *, activation: str = "tanh", **options: Any) -> Layer:
       (2, 10, 4)
     """
     whole("rnn: hidden", hidden)
-    choice("rnn: activation", activation, ("tanh", "relu"))
+    choice("rnn: activation", activation, Activation)
 
     def init(key: Array, features: int, dtype: Any) -> Tree:
         return _weights(key, 1, hidden, features, dtype)
@@ -106,7 +116,14 @@ def rnn(hidden: int, *, activation: str = "tanh", **options: Any) -> Layer:
 
     said = {} if activation == "tanh" else {"activation": activation}
     cell = Cell("rnn", hidden, ("h",), init, forward, local, backward, _factors, said)
-    return through_time(cell, **options)
+    return through_time(
+        cell,
+        output=output,
+        reverse=reverse,
+        trained_state=trained_state,
+        truncate=truncate,
+        checkpoint=checkpoint,
+    )
 
 
 @explained(
@@ -128,7 +145,15 @@ def rnn(hidden: int, *, activation: str = "tanh", **options: Any) -> Layer:
         ∂C/∂b = Σ_t δ_t      (BP3)""",
     y="h",
 )
-def lstm(hidden: int, **options: Any) -> Layer:
+def lstm(
+    hidden: int,
+    *,
+    output: Output = "sequence",
+    reverse: bool = False,
+    trained_state: bool = False,
+    truncate: int | None = None,
+    checkpoint: bool | int = False,
+) -> Layer:
     """Long short-term memory (Hochreiter & Schmidhuber 1997) with forget gates (Gers et al. 2000).
 
     ∂c goes back through nothing but a product with f: where f ≈ 1 it neither vanishes nor grows.
@@ -139,7 +164,7 @@ def lstm(hidden: int, **options: Any) -> Layer:
 
     Args:
       hidden: h, the number of units.
-      options: those of ``bp.through_time``.
+      output, reverse, trained_state, truncate, checkpoint: as in ``bp.through_time``.
 
     Example:
       >>> layer = bp.lstm(4)
@@ -180,7 +205,14 @@ def lstm(hidden: int, **options: Any) -> Layer:
         return {"h": product(transposed["weight_h"], delta), "c": dc * f}, delta
 
     cell = Cell("lstm", hidden, ("h", "c"), init, forward, local, backward, _factors)
-    return through_time(cell, **options)
+    return through_time(
+        cell,
+        output=output,
+        reverse=reverse,
+        trained_state=trained_state,
+        truncate=truncate,
+        checkpoint=checkpoint,
+    )
 
 
 @explained(
@@ -200,7 +232,15 @@ def lstm(hidden: int, **options: Any) -> Layer:
         ∂C/∂b = Σ_t δ_t,  ∂C/∂b_n = Σ_t ε^n_t      (BP3)""",
     y="h",
 )
-def gru(hidden: int, **options: Any) -> Layer:
+def gru(
+    hidden: int,
+    *,
+    output: Output = "sequence",
+    reverse: bool = False,
+    trained_state: bool = False,
+    truncate: int | None = None,
+    checkpoint: bool | int = False,
+) -> Layer:
     """Gated recurrent unit (Cho et al. 2014), r applied after the recurrent product.
 
     δ = ∂C/∂p and ε = ∂C/∂q differ in the rows of n alone.
@@ -210,7 +250,7 @@ def gru(hidden: int, **options: Any) -> Layer:
 
     Args:
       hidden: h, the number of units.
-      options: those of ``bp.through_time``.
+      output, reverse, trained_state, truncate, checkpoint: as in ``bp.through_time``.
 
     Example:
       >>> layer = bp.gru(4)
@@ -260,4 +300,11 @@ def gru(hidden: int, **options: Any) -> Layer:
         }
 
     cell = Cell("gru", hidden, ("h",), init, forward, local, backward, factors)
-    return through_time(cell, **options)
+    return through_time(
+        cell,
+        output=output,
+        reverse=reverse,
+        trained_state=trained_state,
+        truncate=truncate,
+        checkpoint=checkpoint,
+    )

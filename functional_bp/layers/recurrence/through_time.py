@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -52,6 +52,7 @@ from .sequences import as_tree, turned, valid_steps, where
 from .time_blocks import Blocks
 
 Tree = Any
+Output = Literal["sequence", "last"]
 
 
 @explained(
@@ -68,7 +69,7 @@ Tree = Any
 def through_time(
     cell: Cell,
     *,
-    output: str = "sequence",
+    output: Output = "sequence",
     reverse: bool = False,
     trained_state: bool = False,
     truncate: int | None = None,
@@ -117,7 +118,7 @@ def through_time(
     """
     if not isinstance(cell, Cell):
         raise ModelError(f"through_time: cell: takes a bp.Cell, got {told(cell)}")
-    choice(f"{cell.name}: output", output, ("sequence", "last"))
+    choice(f"{cell.name}: output", output, Output)
     flag(f"{cell.name}: reverse", reverse)
     flag(f"{cell.name}: trained_state", trained_state)
     if truncate is not None:
@@ -133,7 +134,7 @@ class _ThroughTime:
     """The recurrent layer of a cell."""
 
     cell: Cell
-    output: str
+    output: Output
     reverse: bool
     trained_state: bool
     truncate: int | None
