@@ -106,6 +106,12 @@ Training
     delete_checkpoints      empties a folder of checkpoints
     save_params             parameters to a safetensors file
     load_params             and from one
+
+A model explained
+    equations               a model's own equations, forward and back
+    inspect                 what one pass computed at every layer, beside its equations
+    Inspection              such a pass
+    pictures                of such a pass, of a run, of norms (matplotlib)
     summary                 a model's layers with their shapes and sizes
 
 Proofs and errors

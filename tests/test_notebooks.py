@@ -4,10 +4,9 @@ import io
 import tokenize
 from pathlib import Path
 
+import nbclient
+import nbformat
 import pytest
-
-nbformat = pytest.importorskip("nbformat")
-nbclient = pytest.importorskip("nbclient")
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 NOTEBOOKS = ("backpropagation.ipynb", "backpropagation.zh.ipynb")

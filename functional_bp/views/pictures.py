@@ -16,8 +16,12 @@ from typing import Any
 import numpy as np
 
 from ..checks import ModelError, function, number, told
+from ..docstrings import shown
 from ..training.history import History
 from .inspection import Inspection
+
+__all__ = ["activations", "delta_norms", "deltas", "history", "norms", "through_time"]
+__dir__ = shown(globals())
 
 Figure = Any  # matplotlib's, which is not imported until something is drawn
 Axes = Any
@@ -255,6 +259,3 @@ def _norm(delta: np.ndarray, found: Inspection) -> float:
     """‖δ‖ of the example, or its mean over those of a batch."""
     rows = delta.reshape(found.batch or 1, -1)
     return float(np.linalg.norm(rows, axis=1).mean())
-
-
-__all__ = ["activations", "delta_norms", "deltas", "history", "norms", "through_time"]
