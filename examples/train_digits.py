@@ -3,7 +3,7 @@
 A small network learns scikit-learn's 1,797 digits, or MNIST or Fashion-MNIST from their own files,
 by the hand-written δ recursion. After every epoch its gradient is compared with jax.grad's. Two
 pictures are written: learning curves, and the size of the errors δ in each layer of a deep sigmoid
-network and a deep relu network while they learn.
+network and a deep relu network, before and after they learn.
 """
 
 from __future__ import annotations
@@ -17,14 +17,9 @@ from typing import Any
 
 import idx
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
-from matplotlib import colormaps
-from matplotlib.cm import ScalarMappable
-from matplotlib.colors import BoundaryNorm, ListedColormap
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 from options import Parser, folder, number, seed, whole
 from pictures import digits
 
@@ -53,7 +48,7 @@ def main() -> None:
     for name, seconds in times(run.params, train, options.batch_size).items():
         print(f"  {name:<21} {1e3 * seconds:6.2f} ms")
 
-    draw_learning(run.history, options.out / "learning.png")
+    bp.pictures.history(run.history).savefig(options.out / "learning.png", dpi=150)
     draw_errors(
         {name: learn_deep(name, train, options) for name in ("sigmoid", "relu")},
         options.out / "errors.png",
@@ -129,27 +124,12 @@ def times(params: Any, train: Examples, size: int) -> dict[str, float]:
     return {name: statistics.median(seconds) for name, seconds in taken.items()}
 
 
-def learn_deep(
-    name: str, train: Examples, options: argparse.Namespace
-) -> tuple[np.ndarray, np.ndarray]:
-    """Trains a deep network of one activation by plain gradient descent.
-
-    Returns:
-      rows: (step, ‖δ^1‖, …, ‖δ^L‖) as it learns; δ^l = ∂C/∂z^l, norms are means over examples.
-      costs: of each step.
-    """
+def learn_deep(name: str, train: Examples, options: argparse.Namespace) -> dict[str, bp.Inspection]:
+    """A deep network of one activation, looked into before and after plain gradient descent."""
     he_normal = jax.nn.initializers.he_normal(in_axis=-1, out_axis=-2)
     hidden = [bp.dense(WIDTH, weight_init=he_normal), getattr(bp, name)] * DEPTH
     model = bp.chain(*hidden, bp.dense(10))
     params = jax.jit(model.init)(jax.random.key(options.seed), train[0][0])
-    x, y = train[0][:500], train[1][:500]
-
-    @jax.jit
-    def norms(params: Any) -> list[jax.Array]:
-        behind_dense = bp.deltas(model, LOSS)(params, x, y)[::2]
-        return [jnp.linalg.norm(delta, axis=-1).mean() for delta in behind_dense]
-
-    rows = [(0, *norms(params))]
     run = bp.fit(
         model,
         LOSS,
@@ -157,59 +137,25 @@ def learn_deep(
         bp.minibatches(*train, options.batch_size, seed=options.seed),
         optax.sgd(0.02),
         steps=options.deep_steps,
-        every=10,
-        callbacks=[lambda run: rows.append((run.step, *norms(run.params)))],
     )
-    return np.array(rows, float), run.history.loss
+    look = bp.inspect(model, LOSS)
+    x, y = train[0][:500], train[1][:500]
+    return {
+        "untrained": look(params, x, y, example=None),
+        f"after {run.step} steps": look(run.params, x, y, example=None),
+    }
 
 
-def draw_learning(history: bp.History, path: Path) -> None:
-    """Cost and accuracy over epochs."""
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    cost, accuracy = figure.subplots(1, 2)
-    epochs = np.arange(1, len(history.epoch_loss) + 1)
-    steps = np.arange(len(history.loss)) * (epochs[-1] / len(history.loss))
-    cost.semilogy(steps, history.loss, color="0.82", linewidth=0.8, label="each batch")
-    cost.semilogy(epochs - 0.5, history.epoch_loss, label="training, mean of an epoch")
-    cost.semilogy(epochs, history.evaluation["loss"], label="held out")
-    cost.set(title="Cost", xlabel="epoch", ylabel="cross-entropy")
-    cost.legend(frameon=False)
-    percent = 100 * history.evaluation["accuracy"]
-    accuracy.plot(epochs, percent, ".-", color="C1")
-    accuracy.set(title=f"Held-out accuracy: {percent[-1]:.1f} % at the end", xlabel="epoch")
-    accuracy.set(ylabel="%", xlim=cost.get_xlim())
-    save(figure, [cost, accuracy], path)
-
-
-def draw_errors(runs: dict[str, tuple[np.ndarray, np.ndarray]], path: Path) -> None:
+def draw_errors(networks: dict[str, dict[str, bp.Inspection]], path: Path) -> None:
     """The errors of every layer, network by network, on one logarithmic scale."""
-    figure = Figure(figsize=(11, 5), layout="constrained")
-    panels = figure.subplots(1, len(runs), sharey=True)
-    layers = DEPTH + 1
-    colours = ListedColormap(colormaps["viridis"](np.linspace(0, 0.95, layers)))
-    for panel, (name, (rows, costs)) in zip(panels, runs.items()):
-        for layer in range(layers):
-            panel.semilogy(rows[:, 0], rows[:, 1 + layer], color=colours(layer), linewidth=1.8)
-        fold = float(f"{rows[0, layers] / rows[0, 1]:.2g}")
-        panel.set_title(
-            f"{name}, untrained: δ shrinks {fold:,.0f}-fold from layer {layers} to 1\n"
-            f"cost {costs[0]:.2f} at first, {costs[-20:].mean():.2f} after {len(costs)} steps",
-            fontsize="medium",
-        )
-        panel.set_xlabel("step of gradient descent")
-    panels[0].set_ylabel("‖δ$^l$‖ = ‖∂C/∂z$^l$‖, mean over 500 examples")
-    figure.suptitle(f"Errors in networks of {DEPTH} hidden layers of {WIDTH} units as they learn")
-    scale = ScalarMappable(BoundaryNorm(np.arange(layers + 1) + 0.5, layers), colours)
-    bar = figure.colorbar(scale, ax=panels, ticks=range(1, layers + 1), aspect=30)
-    bar.set_label(f"layer $l$ (1: at the input, {layers}: the output)")
-    save(figure, list(panels), path)
-
-
-def save(figure: Figure, panels: list[Any], path: Path) -> None:
-    for panel in panels:
-        panel.spines[["top", "right"]].set_visible(False)
-        panel.grid(alpha=0.25)
-        panel.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    for panel, (name, moments) in zip(
+        figure.subplots(1, len(networks), sharey=True), networks.items()
+    ):
+        bp.pictures.delta_norms(moments, axes=panel)
+        first, last = (float(found.cost) for found in moments.values())
+        panel.set_title(f"{name}: cost {first:.2f} at first, {last:.2f} at the end")
+    figure.suptitle(f"Errors sent back through {DEPTH} hidden layers of {WIDTH} units, means")
     figure.savefig(path, dpi=150)
 
 

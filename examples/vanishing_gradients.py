@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from matplotlib.figure import Figure
@@ -37,13 +36,24 @@ def main() -> None:
     networks = {}
     for name, make in CELLS.items():
         networks[name] = learn(make(options.units, output="last"), held_out, options)
-        before, after, squared = networks[name]
+        before, after = networks[name]
         print(
-            f"{name:<10} mean squared error {squared:.4f}   ‖∂C/∂h‖ at the first step over that at "
-            f"the last: {before[0] / before[-1]:.0e} before, {after[0] / after[-1]:.0e} after"
+            f"{name:<10} mean squared error {error(after):.4f}   ‖∂C/∂h‖ at the first step over "
+            f"that at the last: {reached(before):.0e} before, {reached(after):.0e} after"
         )
     draw(networks, options.out / "vanishing_gradients.png")
     print(f"picture: {options.out / 'vanishing_gradients.png'}")
+
+
+def error(found: bp.Inspection) -> float:
+    """The mean squared error, of which the cost is half."""
+    return 2 * float(found.cost)
+
+
+def reached(found: bp.Inspection) -> float:
+    """How much of the error at the last step reaches the first."""
+    norms = np.linalg.norm(found[0].d_output, axis=-1).mean(0)
+    return float(norms[0] / norms[-1])
 
 
 def adding_problem(random: np.random.Generator, examples: int, length: int) -> Batch:
@@ -60,22 +70,16 @@ def adding_problem(random: np.random.Generator, examples: int, length: int) -> B
 
 def learn(
     layer: bp.Layer, held_out: Batch, options: argparse.Namespace
-) -> tuple[np.ndarray, np.ndarray, float]:
-    """‖∂C/∂h_t‖ ``(t,)``, means over held-out examples, before and after; the error after."""
+) -> tuple[bp.Inspection, bp.Inspection]:
+    """A network looked into at held-out examples, before and after it learns."""
     model = bp.chain(layer, bp.dense(1))
     params = classic(model.init(jax.random.key(options.seed), held_out[0][0]), options)
-
-    @jax.jit
-    def norms(params: Any) -> jax.Array:
-        of_states, _ = bp.deltas(model, LOSS)(params, *held_out)
-        return jnp.linalg.norm(of_states, axis=-1).mean(0)
 
     def batches(epoch: int) -> Iterator[Batch]:
         for step in range(options.steps):
             random = np.random.default_rng((options.seed, epoch, step, 1))
             yield adding_problem(random, BATCH, options.length)
 
-    before = np.asarray(norms(params))
     run = bp.fit(
         model,
         LOSS,
@@ -84,8 +88,8 @@ def learn(
         optax.chain(optax.clip_by_global_norm(1.0), optax.adam(options.learning_rate)),
         epochs=1,
     )
-    error = model.apply(run.params, held_out[0]) - held_out[1]
-    return before, np.asarray(norms(run.params)), float((error**2).mean())
+    look = bp.inspect(model, LOSS)
+    return look(params, *held_out, example=None), look(run.params, *held_out, example=None)
 
 
 def classic(params: Any, options: argparse.Namespace) -> Any:
@@ -103,20 +107,18 @@ def classic(params: Any, options: argparse.Namespace) -> Any:
     )
 
 
-def draw(networks: dict[str, tuple[np.ndarray, np.ndarray, float]], path: Path) -> None:
+def draw(networks: dict[str, tuple[bp.Inspection, bp.Inspection]], path: Path) -> None:
     """Both moments side by side, one line for each network, on one logarithmic scale."""
     figure = Figure(figsize=(11, 4.5), layout="constrained")
-    panels = figure.subplots(1, 2, sharey=True)
-    for name, (before, after, squared) in networks.items():
-        steps = np.arange(1, len(before) + 1)
-        panels[0].semilogy(steps, before, linewidth=2, label=name)
-        panels[1].semilogy(steps, after, linewidth=2, label=f"{name}: error {squared:.4f}")
-    panels[0].set_ylabel("‖∂C/∂h$_t$‖, mean over 500 examples")
-    for panel, title in zip(panels, ("untrained", "trained, with mean squared error")):
-        panel.set(title=title, xlabel="step t; the answer is asked for after the last")
-        panel.legend(frameon=False, loc="lower right")
-        panel.spines[["top", "right"]].set_visible(False)
-        panel.grid(alpha=0.25)
+    untrained, trained = figure.subplots(1, 2, sharey=True)
+    before = {name: found for name, (found, _) in networks.items()}
+    after = {f"{name}: error {error(found):.4f}": found for name, (_, found) in networks.items()}
+    bp.pictures.through_time(before, axes=untrained)
+    bp.pictures.through_time(after, axes=trained)
+    untrained.set(title="untrained", ylabel="‖∂C/∂h$_t$‖, mean over 500 examples")
+    trained.set(title="trained, with mean squared error", ylabel="")
+    for panel in (untrained, trained):
+        panel.set(xlabel="step t; the answer is asked for after the last")
     figure.suptitle("How much of the final error reaches step t: the adding problem")
     figure.savefig(path, dpi=150)
 
