@@ -218,6 +218,17 @@ def test_its_table_fits_the_terminal(name, rich, monkeypatch):
     assert any(layer.name in row for layer in found.layers for row in rows)
 
 
+def test_a_long_table_folds_what_has_parts():
+    model = bp.chain(bp.dense(4), bp.repeat(bp.residual(BLOCK), 12), bp.dense(2))
+    found = bp.inspect(model, SQUARED)(*case(model, VECTOR, SQUARED))
+    names = [line for line in str(found).splitlines() if line.startswith("[")]
+    assert [name.split()[0] for name in names] == ["[0]", "[1]", "[2]"]
+    assert "  y¹³" in str(found)  # what the stack gives
+    assert len(str(found[1]).splitlines()) <= 61
+    assert "[1][11] residual" in str(found[1])
+    assert "W¹³ y¹² + b¹³" in str(found[1][11])
+
+
 def test_equations_stand_beside_the_numbers():
     model, x, loss = MODELS["perceptron"]
     text = str(bp.inspect(model, loss)(*case(model, x, loss)))
@@ -243,11 +254,18 @@ def test_every_layer_can_be_looked_into(name):
         x = MANY
     params = layer.init(jax.random.key(0), jax.tree.map(jnp.ones_like, x))
     batch = jax.tree.map(lambda leaf: jnp.stack([jnp.ones_like(leaf)] * 2), x)
-    y = jax.eval_shape(lambda: layer.forward(params, batch)[0])
-    if not hasattr(y, "shape"):
-        pytest.skip("of several outputs, no loss here takes them")
-    found = bp.inspect(layer, SQUARED)(params, batch, jnp.zeros(y.shape), example=None)
+    if isinstance(jax.eval_shape(lambda: layer.forward(params, batch)[0]), dict):
+        layer, params = bp.chain(layer, bp.entry("x")), (params, ())
+    half_square = bp.losses.loss(  # of whatever the layer gives, two arrays included
+        lambda a, y: sum(0.5 * jnp.sum(leaf * leaf) for leaf in jax.tree.leaves(a)),
+        lambda a, y: a,
+        name="half_square",
+    )
+    found = bp.inspect(layer, half_square)(params, batch, jnp.zeros(2), example=None)
     assert found.values and str(found)
+    gradient = bp.grad(layer, half_square)(params, batch, jnp.zeros(2))
+    for a, b in zip(*map(jax.tree.leaves, (found.gradient, gradient)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)  # float32
 
 
 def test_what_does_not_fit_is_said():

@@ -24,7 +24,7 @@ from .notation import by
 from .reading import LayerEquations, read
 
 Tree = Any
-Values = Mapping[str, np.ndarray]
+MOST_ROWS = 60  # of a table, beyond which what has parts is folded
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -140,7 +140,7 @@ class Inspected:
         return {name: v.take(t, axis) for name, v in values.items() if v.ndim > axis + 1}
 
     def __str__(self) -> str:
-        return _table([self], dict(_sides_of(self.equations)))
+        return _table(self, dict(_all_sides(self.equations)))
 
     __repr__ = __str__
 
@@ -149,7 +149,8 @@ class Inspected:
 class Inspection:
     """What one pass computed: ``found[2]`` is the chain's third layer, ``found["δ²"]`` an array.
 
-    ``str`` is a table that fits the terminal; a notebook shows the arrays themselves.
+    ``str`` is a table that fits the terminal; where it is long, layers with parts are folded, and
+    ``print(found[2])`` unfolds one. A notebook shows the arrays themselves.
 
     Attributes:
       cost: C of the example, or the mean of the batch.
@@ -202,9 +203,13 @@ class Inspection:
         ends = _arrays({x: self.model.input, f"∂C/∂{x}": self.model.d_input})
         return ends | {name: v for layer in self.layers for name, v in layer.values.items()}
 
+    @property
+    def _sides(self) -> dict[str, str]:
+        return dict(_sides_of(self.loss)) | dict(_all_sides(self.model.equations))
+
     def __str__(self) -> str:
         of = "one example" if self.batch is None else f"means of {self.batch} examples"
-        table = _table(self.layers, _right_sides(self))
+        table = _table(self.model, self._sides)
         return f"C = {numbers(self.cost)}: {self.loss.name}, {of}\n{table}"
 
     __repr__ = __str__
@@ -215,7 +220,7 @@ class Inspection:
         except ImportError:
             return None  # the notebook shows the table
         with treescope.active_autovisualizer.set_scoped(treescope.ArrayAutovisualizer()):
-            folded = _folded(self.model, _right_sides(self))
+            folded = _folded(self.model, self._sides)
             return treescope.render_to_html({f"C = {numbers(self.cost)}": folded})
 
 
@@ -373,11 +378,11 @@ def _arrays(values: dict[str, Any]) -> dict[str, np.ndarray]:
     return {k: np.asarray(v) for k, v in values.items() if hasattr(v, "dtype")}
 
 
-def _right_sides(found: Inspection) -> dict[str, str]:
+def _all_sides(equations: LayerEquations) -> Iterator[tuple[str, str]]:
     """The equation of each name: its right side and tag. (What several layers send back, the one
     that joins them says last.)"""
-    layers = [*found.model.equations.walk(), found.loss, *found.model.equations.walk(backward=True)]
-    return {name: side for of in layers for name, side in _sides_of(of)}
+    for of in equations.walk(backward=True):
+        yield from _sides_of(of)
 
 
 def _sides_of(of: LayerEquations) -> Iterator[tuple[str, str]]:
@@ -386,10 +391,17 @@ def _sides_of(of: LayerEquations) -> Iterator[tuple[str, str]]:
         yield from ((name, side) for name in {e.left, re.sub(r"_[tj]$", "", e.left)})
 
 
-def _table(layers: Sequence[Inspected], sides: Mapping[str, str]) -> str:
+def _table(of: Inspected, sides: Mapping[str, str]) -> str:
     """Equations, shapes, norms, share of zeros, and the numbers where they are few; of a batch
-    the means over its examples."""
-    rows = []
+    the means over its examples. Where that is long, what has parts is one of its rows."""
+    rows = _rows(list(of.walk()), sides)
+    if len(rows) > MOST_ROWS and of.parts:
+        rows = _rows(list(of.parts), sides)
+    return fitted(("", "shape", "‖·‖", "zeros", "numbers"), rows)
+
+
+def _rows(layers: Sequence[Inspected], sides: Mapping[str, str]) -> list[tuple[str, ...]]:
+    rows: list[tuple[str, ...]] = []
     for layer in layers:
         rows.append((layer.name, "", "", "", ""))
         for name, value in layer.values.items():
@@ -400,7 +412,7 @@ def _table(layers: Sequence[Inspected], sides: Mapping[str, str]) -> str:
             said = f"  {name} = {sides[name]}" if sides.get(name) else f"  {name}"
             shown = _few(examples, over_time=layer.recurrent is not None and not gradient)
             rows.append((said, *cells, shown))
-    return fitted(("", "shape", "‖·‖", "zeros", "numbers"), rows)
+    return rows
 
 
 def _few(examples: np.ndarray, *, over_time: bool) -> str:
