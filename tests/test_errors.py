@@ -292,9 +292,7 @@ TAKES_KEY = {
 @pytest.mark.parametrize("where", TAKES_KEY)
 @pytest.mark.parametrize("bad", [0, "seed", np.array([0, 1]), X])
 def test_a_seed_in_place_of_a_key_is_named(where, bad):
-    with pytest.raises(
-        bp.ModelError, match=r"key: takes one key .*such as jax.random.key\(0\), got"
-    ):
+    with pytest.raises(bp.ModelError, match=r"key: takes one key .*, got .*; jax.random.key\(0\)"):
         TAKES_KEY[where](bad)
 
 
