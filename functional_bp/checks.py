@@ -149,7 +149,7 @@ def random_key(what: str, value: Any, *, or_none: bool = True) -> Any:
     raw = dtype == np.uint32 and shape is not None and len(shape) == 1
     if not (typed or raw):
         raise ModelError(
-            f"{what}: takes one key of jax.random, such as jax.random.key(0), got {told(value)}"
+            f"{what}: takes one key of jax.random, got {told(value)}; jax.random.key(0) is one"
         )
     return value
 

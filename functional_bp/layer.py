@@ -283,10 +283,9 @@ def _one_for_a_batch(x: Tree, error: Exception) -> ModelError:
 
     batch = jax.tree.map(lambda leaf: Text(of_batch(leaf)), shapes_of(x))
     one = "x[None]" if hasattr(x, "shape") else "jax.tree.map(lambda a: jnp.asarray(a)[None], x)"
-    taken = f". Taken as a batch: {error}" if isinstance(error, ModelError) else ""
+    first = error if isinstance(error, ModelError) else f"x: takes a batch, got {described(x)}"
     return ModelError(
-        f"x: takes a batch, with the examples on the first axis of every array, {batch}, got one "
-        f"example, {described(shapes_of(x))}; {one} is a batch of one{taken}"
+        f"{first}; as one example x fits: apply takes a batch, {batch}, and {one} is a batch of one"
     )
 
 

@@ -263,11 +263,15 @@ ONE_EXAMPLE = {
 @pytest.mark.parametrize("given", ONE_EXAMPLE)
 def test_one_example_in_place_of_a_batch_is_named_as_such(given):
     model, x, batch = ONE_EXAMPLE[given]
-    wanted = re.escape(
-        f"x: takes a batch, with the examples on the first axis of every array, {batch}"
-    )
-    with pytest.raises(bp.ModelError, match=f"^{wanted}, got one example, .*is a batch of one"):
+    taken = re.escape(f"as one example x fits: apply takes a batch, {batch}, and ")
+    with pytest.raises(bp.ModelError, match=f"takes .*, got .*; {taken}.* is a batch of one$"):
         model.apply(model.init(KEY, x), x)
+
+
+def test_a_batch_that_would_not_fit_as_one_example_either_is_not_called_one():
+    with pytest.raises(bp.ModelError) as error:
+        MODEL.apply(PARAMS, X[:, :2])
+    assert "one example" not in str(error.value)
 
 
 def test_a_batch_of_one_made_as_the_message_says_is_taken():
@@ -292,9 +296,7 @@ TAKES_KEY = {
 @pytest.mark.parametrize("where", TAKES_KEY)
 @pytest.mark.parametrize("bad", [0, "seed", np.array([0, 1]), X])
 def test_a_seed_in_place_of_a_key_is_named(where, bad):
-    with pytest.raises(
-        bp.ModelError, match=r"key: takes one key .*such as jax.random.key\(0\), got"
-    ):
+    with pytest.raises(bp.ModelError, match=r"key: takes one key .*, got .*; jax.random.key\(0\)"):
         TAKES_KEY[where](bad)
 
 
