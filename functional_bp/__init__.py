@@ -203,7 +203,8 @@ from .training.kfac import kfac
 from .training.parameter_files import load_params, save_params
 from .views import pictures
 from .views.equations import equations
-from .views.inspection import Inspection, inspect
+from .views.inspecting import inspect
+from .views.inspection import Inspection
 from .views.summary import summary
 
 try:
