@@ -16,6 +16,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 from .checks import ModelError, told
+from .values import recalled
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -81,6 +82,7 @@ def explained(
     def explained(make: Callable[P, T]) -> Callable[P, T]:
         doc, signature = inspect.getdoc(make) or "", inspect.signature(make)
 
+        @recalled
         @functools.wraps(make)
         def made(*args: P.args, **kwargs: P.kwargs) -> T:
             try:

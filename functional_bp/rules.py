@@ -30,10 +30,12 @@ from .layer import (
     placed,
     shapes_of,
 )
+from .values import recalled
 
 Tree = Any
 
 
+@recalled
 def rule(
     init: Callable[..., Tree],
     forward: Callable[..., tuple[Tree, Tree]],

@@ -18,6 +18,7 @@ from ..checks import ModelError, described, flag, function, number, text
 from ..docstrings import Equations, explained, stated
 from ..layer import Layer, check_array, no_parameters
 from ..rules import rule
+from ..values import recalled
 
 Tree = Any
 
@@ -25,6 +26,7 @@ Tree = Any
 _SHAPES = "Element by element: z, a and every δ have the same shape, whatever it is."
 
 
+@recalled
 def activation(
     sigma: Callable[[Array], Array],
     dsigma: Callable[[Array], Array],

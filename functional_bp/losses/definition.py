@@ -16,7 +16,7 @@ from ..contractions import check_factors, contract_factors, is_factor, keep
 from ..docstrings import Equations, composed, stated
 from ..factors.factored import per_example
 from ..layer import Layer, a_layer, no_parameters, one_of, placed
-from ..values import Value
+from ..values import Value, recalled
 
 Tree = Any
 
@@ -172,6 +172,7 @@ def pair_of(name: str, params: Tree) -> tuple[Tree, Tree]:
     return params
 
 
+@recalled
 def loss(
     value: Callable[..., Array],
     delta: Callable[..., Tree],
