@@ -41,7 +41,7 @@ def frozen_leaves(params: Tree, frozen: Frozen) -> Tree:
         return jax.tree.map(lambda _: False, params)
     if _is_predicate(frozen):
         return jax.tree_util.tree_map_with_path(
-            lambda path, _: bool(frozen(tuple(map(_plain_key, path)))), params
+            lambda path, _: bool(frozen(plain_path(path))), params
         )
     check_frozen(frozen)
     try:
@@ -91,6 +91,11 @@ def merged(trained: Tree, params: Tree) -> Tree:
             f"trained: takes the tree of the parameters, {described(params)}, with None at some of "
             f"them; got {told(trained)}: {error}"
         ) from None
+
+
+def plain_path(path: Path) -> Path:
+    """JAX's path to a leaf as the tuple of keys into the tree."""
+    return tuple(map(_plain_key, path))
 
 
 def _plain_key(key: Any) -> Any:

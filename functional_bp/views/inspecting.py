@@ -13,6 +13,7 @@ from jax import Array
 from ..checks import ModelError, random_key, told, whole
 from ..contractions import contract_factors, each_delta, is_factor, keep, total
 from ..factors.factored import Outer
+from ..freezing import plain_path
 from ..layer import Layer, unrolled
 from ..losses.definition import Loss
 from ..recursion import check_batch, paired, separate, with_loss
@@ -157,7 +158,7 @@ def _inspected(read: LayerEquations, met: Tree, batch: int | None) -> Inspected:
 
 def _by_keys(tree: Tree) -> Iterator[tuple[tuple[Any, ...], Any]]:
     for path, leaf in jax.tree.leaves_with_path(tree, is_leaf=is_factor):
-        yield tuple(getattr(key, "key", getattr(key, "idx", str(key))) for key in path), leaf
+        yield plain_path(path), leaf
 
 
 def _example(tree: Tree, batch: int | None) -> Tree:

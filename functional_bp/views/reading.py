@@ -12,9 +12,10 @@ import jax
 from jax import Array
 
 from ..checks import described
+from ..freezing import plain_path
 from ..layer import Layer, batch_of, one_of
 from ..losses.definition import Loss
-from ..traced.explain import explain
+from ..traced.explain import Row, explain
 from ..traced.function import Residuals
 from .notation import PARAMETERS, Equation, by, latex, numbered, written
 
@@ -108,7 +109,12 @@ class _Reading:
             if layer.parts:
                 known |= self._joined(layer, known, label, made=made)
             elif made:
-                known |= self._ruled(layer, known, label, params, x, y, residuals)
+                known["parameters"], notes = self._parameters(params, label)
+                positions = max(leaf.ndim for leaf in jax.tree.leaves((x, y))) > 2
+                known |= _ruled(layer, known, label, positions=positions)
+                if isinstance(residuals, Residuals):
+                    notes += map(_met, explain(layer, params, x).rows)
+                known["notes"] = (*notes, *known.get("notes", ()))
             self.read[where] = LayerEquations(**known)
             if not layer.parts and where not in self.leaves:
                 self.leaves.append(where)
@@ -193,20 +199,13 @@ class _Reading:
         found = _written(layer.equations, known, label, positions=True)
         return found if made else {"backward": found["backward"]}
 
-    def _ruled(
-        self,
-        layer: Layer,
-        known: dict[str, Any],
-        label: str,
-        params: Tree,
-        x: Tree,
-        y: Tree,
-        residuals: Tree,
-    ) -> dict[str, Any]:
-        """The equations of a layer that is no combination of others."""
-        parameters, notes = {}, []
+    def _parameters(
+        self, params: Tree, label: str
+    ) -> tuple[dict[tuple[Any, ...], tuple[str, str]], list[str]]:
+        """What a layer's parameters are called, with their shapes, and which are another's too."""
+        called, notes = {}, []
         for path, leaf in jax.tree.leaves_with_path(params):
-            keys = tuple(getattr(key, "key", getattr(key, "idx", str(key))) for key in path)
+            keys = plain_path(path)
             if id(leaf) in self.names:
                 name = self.names[id(leaf)][1]
                 notes.append(
@@ -215,21 +214,8 @@ class _Reading:
             else:
                 name = numbered(_symbol(keys), label)
                 self.names[id(leaf)] = leaf, name
-            parameters[keys] = name, str(tuple(leaf.shape))
-        known = known | {"parameters": parameters}
-        if layer.equations is None:
-            given = "; ".join([known["x"], *(name for name, _ in parameters.values())])
-            said = _equation(known["y"], f"{layer.name}({given})")
-            notes.append("its rule declares no equations")
-            return {"parameters": parameters, "forward": (said,), "notes": tuple(notes)}
-        if isinstance(residuals, Residuals):
-            notes += [
-                f"{row.parameter} {row.shape}: {', '.join(row.meets)}; kept as {row.kept}"
-                for row in explain(layer, params, x).rows
-            ]
-        positions = max((leaf.ndim for leaf in jax.tree.leaves((x, y))), default=0) > 2
-        found = _written(layer.equations, known, label, positions=positions)
-        return {"parameters": parameters, "notes": tuple(notes), **found}
+            called[keys] = name, str(tuple(leaf.shape))
+        return called, notes
 
     def tree(self, layer: Layer, where: str = "") -> LayerEquations:
         """What was read of a layer, with its parts."""
@@ -242,6 +228,17 @@ class _Reading:
         shared = by(read.x) if used.count(read.x) > 1 else None
         backward = tuple(_one_of_uses(e, shared, read.name, tag) for e in read.backward)
         return dataclasses.replace(read, backward=backward)
+
+
+def _ruled(
+    layer: Layer, known: dict[str, Any], label: str, *, positions: bool
+) -> dict[str, tuple[Any, ...]]:
+    """The equations of a layer that is no combination of others; else its name."""
+    if layer.equations is not None:
+        return _written(layer.equations, known, label, positions=positions)
+    given = "; ".join([known["x"], *(name for name, _ in known["parameters"].values())])
+    said = _equation(known["y"], f"{layer.name}({given})")
+    return {"forward": (said,), "notes": ("its rule declares no equations",)}
 
 
 def _written(
@@ -289,6 +286,11 @@ def _of_loss(loss: Loss, model: LayerEquations, label: str) -> LayerEquations:
     known |= _written(loss.equations, known, label, positions=True)
     known["backward"] = tuple(e for e in known["backward"] if not e.left.startswith("∇"))
     return LayerEquations(**known)
+
+
+def _met(row: Row) -> str:
+    """How a traced parameter meets an example."""
+    return f"{row.parameter} {row.shape}: {', '.join(row.meets)}; kept as {row.kept}"
 
 
 def _equation(left: str, right: str) -> Equation:
