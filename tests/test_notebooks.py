@@ -16,7 +16,12 @@ def read(name):
     return nbformat.read(EXAMPLES / name, as_version=4)
 
 
-@pytest.fixture(scope="module", params=NOTEBOOKS)
+ENGLISH, CHINESE = NOTEBOOKS  # of the same code
+
+
+@pytest.fixture(
+    scope="module", params=[ENGLISH, pytest.param(CHINESE, marks=pytest.mark.exhaustive)]
+)
 def executed(request, tmp_path_factory):
     notebook = read(request.param)
     folder = str(tmp_path_factory.mktemp("notebook"))
