@@ -20,8 +20,8 @@ Activations (layers, used without a call unless they take an argument)
     tanh                    the hyperbolic tangent
     hard_tanh               tanh in three straight pieces
     relu                    max(z, 0)
-    leaky_relu              relu that lets a little through
-    elu                     the exponential linear unit
+    leaky_relu              relu that lets a little through; leaky_relu() is the layer
+    elu                     the exponential linear unit; elu() is the layer
     selu                    the scaled one, of self-normalising networks
     gelu                    the Gaussian error linear unit, exact
     gelu_tanh               gelu with tanh in place of Φ
@@ -69,11 +69,11 @@ Losses
     losses                  squared, absolute, Huber, hinge, cross-entropies, …; one's own
     init                    parameters of a model and of a loss that has some
 
-Gradients of a batch (``f(model, loss)`` gives a function of ``params, x, y``)
+Gradients of a batch (``bp.grad(model, loss)`` gives a function of ``params, x, y``)
     value_and_grad          the mean cost and its gradient, by hand or by autodiff
     grad                    the gradient alone
     deltas                  δ of every layer
-    clipped_grad            the sum of clipped gradients of single examples
+    clipped_grad            the mean of clipped gradients of single examples
     trainable               parameters without those that are frozen or state
     merged                  trained parameters and the others together again
 
@@ -85,7 +85,7 @@ Gradients of single examples
     empirical_ntk           ⟨∂aₙ/∂θ, ∂aₘ/∂θ⟩: the neural tangent kernel of the outputs a
     grad_second_moment      the mean of gₙ²
     grad_variance           the variance of gₙ
-    grad_noise_scale        the batch size at which noise and gradient are equal
+    grad_noise_scale        the batch size beyond which larger ones help little
     grad_diversity          how little the gₙ agree
 
 Curvature
@@ -111,6 +111,7 @@ A model explained
     equations               a model's own equations, forward and back
     inspect                 what one pass computed at every layer, beside its equations
     Inspection              such a pass
+    Inspected               and what it computed at one layer
     pictures                of such a pass, of a run, of norms (matplotlib)
     summary                 a model's layers with their shapes and sizes
 
@@ -204,7 +205,7 @@ from .training.parameter_files import load_params, save_params
 from .views import pictures
 from .views.equations import equations
 from .views.inspecting import inspect
-from .views.inspection import Inspection
+from .views.inspection import Inspected, Inspection
 from .views.summary import summary
 
 try:
@@ -216,6 +217,7 @@ __all__ = [
     "Cell",
     "Equations",
     "History",
+    "Inspected",
     "Inspection",
     "Kronecker",
     "Layer",

@@ -199,7 +199,9 @@ class Layer(Value):
 def a_layer(what: str, value: Any) -> Layer:
     """A layer or model."""
     if not isinstance(value, Layer):
-        raise ModelError(f"{what}: takes a bp.Layer, got {told(value)}")
+        name = getattr(value, "__name__", "")
+        makes = f"; bp.{name}(…) makes a layer" if hasattr(value, "__wrapped__") else ""
+        raise ModelError(f"{what}: takes a bp.Layer, got {told(value)}{makes}")
     return value
 
 

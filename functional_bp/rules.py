@@ -79,7 +79,9 @@ def rule(
       renew: ``(params, residuals) -> params``, with the state as it is after a batch. Examples of
         weight 0, with which ``bp.fit`` fills up smaller batches, are in it.
       inference: the layer as it is at inference, with the same parameters, where that is another.
-      equations: what it computes, forward and back, as two texts of one equation a line.
+      equations: what it computes, forward and back, as two texts of one equation a line, of x and
+        y, the parameters' symbols, ∂C/∂x and ∂C/∂y: ``("y = s ⊙ x", "∂C/∂x = s ⊙ ∂C/∂y")``; or a
+        ``bp.Equations`` with other names for x and y. They are shown, not proven.
       doc: what else ``help`` shows of it: what it is, shapes, source.
 
     Returns:

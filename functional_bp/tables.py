@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import io
 import shutil
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,24 +21,33 @@ def columns(rows: Sequence[Row]) -> str:
 
 
 def fitted(head: Row, rows: Sequence[Row]) -> str:
-    """A table no wider than the terminal. Where rich is installed it folds the first column; else
-    lines are cut."""
+    """A table no wider than the terminal: the first column is folded, and lines are cut."""
     width = shutil.get_terminal_size().columns
-    try:
-        from rich.console import Console
-        from rich.table import Table
-        from rich.text import Text
-    except ImportError:
-        lines = columns([head, *rows]).splitlines()
-        return "\n".join(line if len(line) <= width else f"{line[: width - 2]} …" for line in lines)
-    table = Table(*head, box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for column in table.columns[1:]:
-        column.no_wrap = True
+    others = sum(max(map(len, column)) + 2 for column in list(zip(head, *rows))[1:])
+    folded = [line for row in rows for line in _folded(row, max(width - others, 24))]
+    lines = columns([head, *folded]).splitlines()
+    return "\n".join(line if len(line) <= width else f"{line[: width - 2]} …" for line in lines)
+
+
+def rich_table(head: Row, rows: Sequence[Row]) -> Any:
+    """The same for rich to print, which makes it fit; what is not indented is a heading."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(*head, box=None, pad_edge=False)
     for row in rows:
-        table.add_row(*map(Text, row))
-    text = io.StringIO()
-    Console(file=text, width=width, color_system=None, force_jupyter=False).print(table)
-    return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
+        table.add_row(*map(Text, row), style=None if row[0].startswith(" ") else "bold")
+    return table
+
+
+def _folded(row: Row, width: int) -> list[Row]:
+    """A row, the first cell of which may take several lines."""
+    first, *others = row
+    text = first.lstrip()
+    indent = " " * (len(first) - len(text))
+    lines = textwrap.wrap(text, width, initial_indent=indent, subsequent_indent=f"{indent}    ")
+    lines = lines or [""]
+    return [[lines[0], *others], *([line, *[""] * len(others)] for line in lines[1:])]
 
 
 def numbers(values: Any) -> str:

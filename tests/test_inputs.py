@@ -235,6 +235,7 @@ NOT_CALLED = {
     "Kronecker",
     "ModelError",
     "Equations",
+    "Inspected",
     "Inspection",
     "factors",
     "contractions",

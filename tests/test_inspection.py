@@ -195,11 +195,31 @@ def test_time_is_there_step_by_step():
     lstm = found[1]
     assert lstm.delta.shape == (3, 12)
     step = lstm.step(2)
-    assert set(step) == {"∂C/∂h²_t", "δ²_t"}
+    assert set(step) == {"∂C/∂h²_t", "δ²_t", "z²_t"}
     assert (step["δ²_t"] == lstm.delta[2]).all()
     x_t = found[0].output
     assert np.allclose(lstm.delta.T @ x_t, lstm.gradient["weight_x"], atol=1e-6)
-    assert "by t:" in str(found) or "‖·‖ by t:" in str(found)
+    assert "‖·‖ by t: " in str(found)
+    with pytest.raises(bp.ModelError, match=r"step: t: \[1\] lstm.* takes a step below 3, got 3"):
+        lstm.step(3)
+
+
+def test_what_comes_back_through_time_is_in_the_equations():
+    """Two lstm: each number over time from the equation that stands beside it."""
+    model = bp.chain(bp.lstm(3), bp.lstm(2), bp.dense(2))
+    with jax.enable_x64(True):
+        params, x, y = case(model, SEQUENCE, SQUARED)
+        found = bp.inspect(model, SQUARED)(params, x, y)
+        one, two, last = (p for p in params)
+        later = np.concatenate([found["δ¹_t"][1:], np.zeros((1, 12))])
+        close(found["∂C/∂h¹_t"], found["δ²_t"] @ two["weight_x"] + later @ one["weight_h"])
+        later = np.concatenate([found["δ²_t"][1:], np.zeros((1, 8))])
+        close(found["∂C/∂h²_t"], found["δ³"] @ last["weight"] + later @ two["weight_h"])
+        h = np.concatenate([np.zeros((1, 3)), found["h¹"][:-1]])
+        close(found["z¹_t"], x[0] @ one["weight_x"].T + one["bias"] + h @ one["weight_h"].T)
+    sides = found[0].sides
+    assert sides["∂C/∂h¹_t"] == "(W²_x)ᵀ δ²_t + (W¹_h)ᵀ δ¹_{t+1}"
+    assert sides["∂C/∂h²_t"] == "(W³)ᵀ δ³_t + (W²_h)ᵀ δ²_{t+1}"
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -235,7 +255,20 @@ def test_equations_stand_beside_the_numbers():
     for said in ("z¹ = W¹ x + b¹", "∂C/∂W² = δ² (a¹)ᵀ  (BP4)", "∂C/∂b¹ = δ¹  (BP3)"):
         assert said in text
     text = str(bp.inspect(model, loss)(*case(model, x, loss), example=None))
-    assert f"means of {N} examples" in text
+    assert f"{N} examples, means over them" in text
+    assert "∂C/∂b¹ = mean over n of δ¹" in text
+    assert "(3, 4)" in text
+    part = str(bp.inspect(model, loss)(*case(model, x, loss))[0])
+    assert "δ¹ = ∂C/∂a¹ ⊙ a¹ ⊙ (1 − a¹)" in part
+
+
+def test_a_layer_is_found_by_its_place_and_an_array_by_an_easy_name():
+    model, x, loss = MODELS["a stack"]
+    found = bp.inspect(model, loss)(*case(model, x, loss))
+    assert found[0, 2, 0, 1] is found[0][2][0][1]
+    assert (found["δ4"] == found["δ⁴"]).all()
+    with pytest.raises(IndexError, match="takes a layer's place, 0 to 1, got 2"):
+        _ = found[2]
 
 
 def test_a_notebook_shows_the_arrays_folded(monkeypatch):
@@ -273,7 +306,7 @@ def test_what_does_not_fit_is_said():
     with pytest.raises(bp.ModelError, match="mixes the examples"):
         bp.inspect(MIXING, SOFTMAX)(params, x, y)
     model, x, loss = MODELS["perceptron"]
-    with pytest.raises(bp.ModelError, match="example: takes one of the batch, 0 to 2, got 3"):
+    with pytest.raises(bp.ModelError, match="example: takes one of the batch, 0 to 2, or"):
         bp.inspect(model, loss)(*case(model, x, loss), example=3)
     with pytest.raises(bp.ModelError, match="takes a layer and a loss"):
         bp.inspect(lambda params, x, y: 0.0, None)

@@ -48,6 +48,11 @@ def test_norms_of_delta_are_means_over_examples(found):
     assert set(drawn) == {"before", "after"}
     assert np.allclose(drawn["after"], wanted)
     assert panel.get_yscale() == "log"
+    normed = bp.chain(bp.dense(4), bp.layer_norm(), bp.dense(3))
+    params = normed.init(jax.random.key(0), X[0])
+    (panel,) = bp.pictures.delta_norms(bp.inspect(normed, LOSS)(params, X, Y)).axes
+    panel.figure.draw_without_rendering()
+    assert [label.get_text() for label in panel.get_xticklabels()] == ["¹", "³"]
 
 
 def test_through_time_is_what_reaches_each_step():
@@ -59,6 +64,9 @@ def test_through_time_is_what_reaches_each_step():
     of_states, _ = bp.deltas(model, LOSS)(params, x, Y[:6])
     assert np.allclose(lines(panel)["lstm"], jnp.linalg.norm(of_states, axis=-1).mean(0))
     assert panel.get_title() == "How much of the final error reaches step t"
+    heat = bp.pictures.deltas(found).axes[0]
+    assert np.allclose(heat.images[0].get_array(), found[0].delta.mean(0).T)
+    assert heat.get_xlabel() == "step t" and list(heat.images[0].get_extent()[:2]) == [0.5, 7.5]
     one = bp.inspect(model, LOSS)(params, x, Y[:6])
     assert "[0] lstm(4, output=last)" in lines(bp.pictures.through_time(one).axes[0])
 
@@ -71,6 +79,8 @@ def test_dead_units_are_counted():
     assert first.get_title() == "[1] relu: 2 of 5 units dead"
     assert second.get_xlabel() == "a²"
     assert sum(patch.get_height() for patch in first.patches) == X.shape[0] * 5
+    one = bp.pictures.activations(bp.inspect(MODEL, LOSS)(params, X, Y)).axes[0]
+    assert one.get_title().endswith(" of 5 units are 0")
 
 
 def test_a_history_is_drawn_with_its_metrics_and_rate():
@@ -87,7 +97,7 @@ def test_a_history_is_drawn_with_its_metrics_and_rate():
     assert (drawn["evaluation"] == run.history.evaluation["loss"]).all()
     assert (metric.lines[0].get_ydata() == run.history.evaluation["accuracy"]).all()
     assert np.allclose(rate.lines[0].get_ydata(), [schedule(step) for step in range(9)])
-    assert len(bp.pictures.history(run.history).axes) == 2
+    assert len(bp.pictures.history(run).axes) == 2
 
 
 def test_norms_say_how_many_are_clipped():
@@ -96,6 +106,11 @@ def test_norms_say_how_many_are_clipped():
     (panel,) = bp.pictures.norms(norms, max_norm=limit).axes
     assert sum(patch.get_height() for patch in panel.patches) == len(norms)
     assert "25% are above" in panel.get_legend().get_texts()[0].get_text()
+    assert panel.get_xscale() == "linear"
+    (panel,) = bp.pictures.norms(10.0 ** np.arange(-3, 3)).axes
+    assert panel.get_xscale() == "log" and sum(p.get_height() for p in panel.patches) == 6
+    with pytest.raises(bp.ModelError, match="takes one number per example"):
+        bp.pictures.norms({"weight": norms})
 
 
 def test_panels_of_ones_own_are_drawn_into(found):

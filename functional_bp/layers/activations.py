@@ -34,7 +34,7 @@ def activation(
     name: str | None = None,
     of_output: bool = False,
     reference: Callable[[Array], Array] | None = None,
-    equations: Equations | tuple[str, str] | None = ("a = σ(z)", "∂C/∂z = ∂C/∂a ⊙ σ′(z)"),
+    equations: Equations | tuple[str, str] | None = None,
     doc: str = "",
 ) -> Layer:
     """An activation layer from σ and its derivative.
@@ -51,7 +51,7 @@ def activation(
       name: how errors call it.
       of_output: ``dsigma`` is a function of a.
       reference: σ for autodiff, where its own derivative of ``sigma`` is another at a kink.
-      equations: the two above, with what σ and σ′ are.
+      equations: the two above, with what σ and σ′ are; with its name for σ, if not given.
       doc: what else ``help`` shows of it.
 
     Raises:
@@ -68,6 +68,7 @@ def activation(
     function("activation: reference", reference, or_none=True)
     flag("activation: of_output", of_output)
     name = text("activation: name", getattr(sigma, "__name__", "σ") if name is None else name)
+    equations = equations or (f"a = {name}(z)", f"∂C/∂z = ∂C/∂a ⊙ {name}′(z)")
     equations = stated(f"{name}: equations", equations, x="z", y="a")
 
     def forward(params: Tree, z: Array, key: Array | None = None) -> tuple[Array, Array]:

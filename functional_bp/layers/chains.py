@@ -111,7 +111,7 @@ def _on_one_input(name: str, layers: tuple[Layer, ...], rebuild: Callable[..., L
 
 @explained(
     forward="y = layer(x) + shortcut(x)",
-    backward="∂C/∂x = ∂C/∂x through layer + ∂C/∂x through shortcut",
+    backward="∂C/∂layer(x) = ∂C/∂y,  ∂C/∂x = ∂C/∂x through layer + ∂C/∂x through shortcut",
 )
 def residual(layer: Layer, shortcut: Layer = identity) -> Layer:
     """A layer and a way around it; δ goes down both ways.

@@ -68,6 +68,9 @@ class Loss(Value):
         words = composed(self.doc or f"The loss {self.name}.", self.equations)
         object.__setattr__(self, "__doc__", words)
 
+    def __call__(self, *_: Any, **__: Any) -> Any:
+        raise ModelError(f"{self.name}: is a loss, not a function; loss.value(a, y) gives C")
+
     @property
     def has_parameters(self) -> bool:
         """Whether the parameters of a model with this loss are the pair (model's, loss's)."""

@@ -161,7 +161,7 @@ def grad(
 
 
 def deltas(model: Layer, loss: Loss) -> OfExamples[Tree]:
-    """δ at every layer: ∂Cₙ/∂(output of the layer), for each example.
+    """∂Cₙ/∂(output of the layer) at every layer, for each example.
 
     Behind a dense layer this is the derivation's δ^l = ∂C/∂z^l; behind an activation, ∂C/∂a^l.
 

@@ -40,6 +40,7 @@ def save_params(path: str | os.PathLike[str], params: Tree) -> None:
     ``safetensors``.)
 
     Raises:
+      FileNotFoundError: if its folder does not exist.
       ModelError: if two parameters would have the same name.
 
     Example:
@@ -55,6 +56,8 @@ def save_params(path: str | os.PathLike[str], params: Tree) -> None:
     safetensors = _safetensors()
     arrays_of("save_params: params", params)
     target = path_of("save_params: path", path).absolute()
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"save_params: path: takes one in a folder, got {target}")
     # Row by row in memory: safetensors writes an array's buffer as it lies.
     arrays = {name: np.asarray(leaf, order="C") for name, leaf in named(params).items()}
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as folder:

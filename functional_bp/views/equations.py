@@ -11,7 +11,7 @@ from ..checks import ModelError, arrays_of, told
 from ..layer import Layer, shapes_of
 from ..losses.definition import Loss
 from ..recursion import paired
-from .notation import Equation
+from .notation import Equation, latex
 from .reading import LayerEquations, read
 
 Tree = Any
@@ -57,11 +57,14 @@ class ModelEquations:
 
     @property
     def latex(self) -> str:
-        """All equations as one LaTeX ``gathered`` block, to be put into mathematics."""
-        lines = [r"\delta^l = \partial C/\partial z^l"]
+        """All equations as one LaTeX ``aligned`` block, to be put into mathematics."""
+        lines = [r"\delta^l &= \partial C/\partial z^l"]
         for _, layers in self._sides():
-            lines += [_tagged(e) for _, equations in layers for e in equations]
-        return "\\begin{gathered}\n" + " \\\\\n".join(lines) + "\n\\end{gathered}"
+            for of, equations in layers:
+                head = _headed(of, title="").replace("_", r"\_").replace("…", "...")
+                lines.append(rf"&\text{{{head}}}")
+                lines += [_tagged(e).replace(" = ", " &= ", 1) for e in equations]
+        return "\\begin{aligned}\n" + " \\\\\n".join(lines) + "\n\\end{aligned}"
 
     def _repr_markdown_(self) -> str:
         lines = [r"$\delta^l = \partial C/\partial z^l$"]
@@ -135,7 +138,7 @@ def _says(layer: LayerEquations) -> bool:
 
 
 def _tagged(equation: Equation) -> str:
-    return equation.latex + (rf"\quad \text{{({equation.tag})}}" if equation.tag else "")
+    return equation.latex + (rf"\quad ({latex(equation.tag)})" if equation.tag else "")
 
 
 def _headed(of: LayerEquations, title: str) -> str:

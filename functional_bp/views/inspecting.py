@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
 import jax
@@ -17,7 +17,7 @@ from ..freezing import plain_path
 from ..layer import Layer, unrolled
 from ..losses.definition import Loss
 from ..recursion import check_batch, paired, separate, with_loss
-from .inspection import Inspected, Inspection
+from .inspection import Inspected, Inspection, sides_of
 from .reading import LayerEquations, read
 
 Tree = Any
@@ -49,14 +49,17 @@ def inspect(model: Layer, loss: Loss) -> Inspect:
 
     The numbers are those of ``model.apply``, ``bp.deltas`` and ``bp.value_and_grad``, with the
     equation that each comes from beside it. Its names tell ∂C/∂z from ∂C/∂a: ``delta`` is always
-    δ = ∂C/∂z, ``d_output`` is ∂C/∂(what the layer gives). The layers of ``bp.repeat`` are there one
-    by one.
+    δ = ∂C/∂z; ``d_output`` is ∂C/∂(what the layer gives), the layer's entry in ``bp.deltas``. The
+    layers of ``bp.repeat`` are there one by one, and counted so.
 
     Args:
       model, loss: a layer and a loss.
 
     Returns:
-      ``fn(params, x, y, *, example=0, key=None) -> Inspection``. It compiles by itself.
+      ``fn(params, x, y, *, example=0, key=None) -> Inspection`` of a batch x, y. It looks into one
+      example of it, ``example``, or with ``example=None`` into all: then δ and the like have the
+      examples first, and gradients are those of the mean cost. It compiles by itself. Of the
+      ``bp.Inspection``, ``found[2]`` is a ``bp.Inspected``, whose help lists what it has.
 
     Raises:
       ModelError: when called with what does not fit the model; for one example of a model that
@@ -92,13 +95,15 @@ def inspect(model: Layer, loss: Loss) -> Inspect:
         if example is not None:
             separate(model, loss)
             if whole("example", example, 0) >= n:
-                raise ModelError(f"example: takes one of the batch, 0 to {n - 1}, got {example}")
+                raise ModelError(
+                    f"example: takes one of the batch, 0 to {n - 1}, or None for all, got {example}"
+                )
             x, y = jax.tree.map(lambda leaf: jnp.asarray(leaf)[example : example + 1], (x, y))
         costs, gradient, met = run(params, x, y, key)
         of_model = loss.of_model(params)
         shown = read(flat, loss, jax.tree.map(lambda leaf: leaf[0], x), of_model)
         count = n if example is None else None
-        there = _inspected(shown[0], met, count)
+        there = _inspected(shown[0], met, sides_of(*shown), count)
         gradient = _mean(gradient, count)
         return Inspection(costs.mean(), there.output, gradient, there, shown[1], count)
 
@@ -130,7 +135,7 @@ class _Recorder:
                 here["d_output"] = layer.backward(params, residuals, dy, each_delta)[1]
                 here["gradient"] = contract_factors(total, results)
                 if layer.mirrored is not None:
-                    here["recurrent"] = _pre_activation_deltas(results)
+                    here["over_time"] = _pre_activations(params, here["input"], results)
             if layer.elementwise:
                 ones = jax.tree.map(jnp.ones_like, dy)
                 here["sigma_prime"] = layer.backward(params, residuals, ones, keep)[0]
@@ -139,21 +144,29 @@ class _Recorder:
         return dataclasses.replace(layer, forward=forward, backward=backward)
 
 
-def _pre_activation_deltas(factors: Tree) -> Tree:
-    """δ_t of a recurrent layer: of ∂C/∂W_x = Σ_t δ_t x_tᵀ, the δ."""
-    outer = factors.get("weight_x") if isinstance(factors, dict) else None
-    return outer.u if isinstance(outer, Outer) else None
+def _pre_activations(params: Tree, x: Tree, factors: Tree) -> dict[str, Array]:
+    """δ_t of a recurrent layer, the δ of ∂C/∂W_x = Σ_t δ_t x_tᵀ; and where ∂C/∂W_h has the same,
+    z_t = W_x x_t + b + W_h h_{t−1}."""
+    of_x, of_h = factors["weight_x"], factors.get("weight_h")
+    found = {"δ": of_x.u}
+    if isinstance(of_h, Outer) and of_h.u is of_x.u:
+        of_input = of_x.v @ params["weight_x"].T + params["bias"]
+        found["z"] = of_input + of_h.v @ params["weight_h"].T
+    return found
 
 
-def _inspected(read: LayerEquations, met: Tree, batch: int | None) -> Inspected:
+def _inspected(
+    read: LayerEquations, met: Tree, sides: Mapping[str, str], batch: int | None
+) -> Inspected:
     here = met[read.place]
-    parts = tuple(_inspected(part, met, batch) for part in read.parts)
+    parts = tuple(_inspected(part, met, sides, batch) for part in read.parts)
     named = {".".join(map(str, keys)): keys for keys in read.parameters}
     flat = dict(_by_keys(here["gradient"]))
     gradient = {name: _mean(flat[keys], batch) for name, keys in named.items() if keys in flat}
-    names = ("input", "output", "d_input", "d_output", "sigma_prime", "recurrent")
+    names = ("input", "output", "d_input", "d_output", "sigma_prime", "over_time")
     values = {name: _example(here.get(name), batch) for name in names}
-    return Inspected(equations=read, gradient=gradient, parts=parts, batch=batch, **values)
+    given: Any = {"gradient": gradient, "parts": parts, "sides": sides, "batch": batch}
+    return Inspected(equations=read, **given, **values)
 
 
 def _by_keys(tree: Tree) -> Iterator[tuple[tuple[Any, ...], Any]]:

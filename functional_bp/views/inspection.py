@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from ..tables import fitted, numbers
-from .notation import by
+from ..checks import ModelError, whole
+from ..tables import fitted, numbers, rich_table
+from .notation import RAISED, by
 from .reading import LayerEquations
 
 Tree = Any
@@ -31,8 +32,10 @@ class Inspected:
         ∂C/∂h_t through time, what later steps sent back included.
       gradient: ∂C/∂θ of each of its parameters, by name. Of a tied one, the part of this use.
       sigma_prime: σ′(z), of an activation; else None.
-      recurrent: δ_t of a recurrent layer: ∂C/∂ its pre-activations; else None.
+      over_time: of a recurrent layer, the δ_t of its pre-activations, and their z_t where the
+        equations have one; else None.
       parts: what it is made of, where it is a combination of layers.
+      sides: what each value is equal to, as the equations say it.
       batch: the number of examples, where a whole batch was inspected; else None.
     """
 
@@ -43,12 +46,13 @@ class Inspected:
     d_output: Tree
     gradient: dict[str, Any]
     sigma_prime: Any
-    recurrent: Any
+    over_time: dict[str, Any] | None
     parts: tuple[Inspected, ...]
+    sides: Mapping[str, str]
     batch: int | None
 
-    def __getitem__(self, index: int) -> Inspected:
-        return self.parts[index]
+    def __getitem__(self, index: int | tuple[int, ...]) -> Inspected:
+        return _at(self.parts, index)
 
     def __len__(self) -> int:
         return len(self.parts)
@@ -63,7 +67,10 @@ class Inspected:
 
     @property
     def z(self) -> Any:
-        """The pre-activation: what a layer such as dense gives, and what an activation takes."""
+        """The pre-activation: what a layer such as dense gives, and what an activation takes; of an
+        rnn or lstm z_t."""
+        if self.over_time is not None and "z" in self.over_time:
+            return self.over_time["z"]
         return self._of("z", self.output, self.input)
 
     @property
@@ -75,9 +82,9 @@ class Inspected:
     def delta(self) -> Any:
         """δ = ∂C/∂z, never ∂C/∂a: of a dense layer its output's, of an activation its input's; of a
         recurrent layer δ_t."""
-        return self.recurrent if self.recurrent is not None else self._of(
-            "z", self.d_output, self.d_input
-        )  # fmt: skip
+        if self.over_time is not None:
+            return self.over_time["δ"]
+        return self._of("z", self.d_output, self.d_input)
 
     def _of(self, symbol: str, of_output: Any, of_input: Any) -> Any:
         stated = self._stated
@@ -103,10 +110,9 @@ class Inspected:
         of: dict[str, Any] = {here.y: self.output}
         if self.sigma_prime is not None:
             of[f"σ′({here.x})"] = self.sigma_prime
-        over_time = "_t" if self.recurrent is not None else ""
-        of[by(here.y) + over_time] = self.d_output
-        if over_time:
-            of[f"δ{here.y[1:]}_t"] = self.recurrent
+        steps = self.over_time or {}
+        of[by(here.y) + ("_t" if steps else "")] = self.d_output
+        of |= {f"{symbol}{here.y[1:]}_t": value for symbol, value in steps.items()}
         return _arrays(of) | self.gradients
 
     @property
@@ -124,15 +130,26 @@ class Inspected:
             yield self
 
     def step(self, t: int) -> dict[str, np.ndarray]:
-        """What a layer over time computed at step t, from 0, by name."""
+        """What a layer over time computed at step t, from 0, by name.
+
+        Raises:
+          ModelError: where there is no such step.
+        """
         axis = 0 if self.batch is None else 1
         values = {name: v for name, v in self.values.items() if name not in self.gradients}
-        return {name: v.take(t, axis) for name, v in values.items() if v.ndim > axis + 1}
+        of_steps = {name: v for name, v in values.items() if v.ndim > axis + 1}
+        count = max((v.shape[axis] for v in of_steps.values()), default=0)
+        if whole("step: t", t, 0) >= count:
+            raise ModelError(f"step: t: {self.name} takes a step below {count}, got {t}")
+        return {name: v.take(t, axis) for name, v in of_steps.items()}
 
     def __str__(self) -> str:
-        return _table(self, dict(_all_sides(self.equations)))
+        return fitted(*_table(self))
 
     __repr__ = __str__
+
+    def __rich__(self) -> Any:
+        return rich_table(*_table(self))
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -158,14 +175,16 @@ class Inspection:
     loss: LayerEquations
     batch: int | None
 
-    def __getitem__(self, index: int | str) -> Any:
-        """A layer, by its place in the model; or an array, by what the equations call it."""
-        if isinstance(index, str):
-            values = self.values
-            if index not in values:
-                raise KeyError(f"{index}: has {', '.join(values)}")
-            return values[index]
-        return self._parts[index]
+    def __getitem__(self, index: int | tuple[int, ...] | str) -> Any:
+        """A layer, by its place in the model, ``[2]`` or ``[2, 0]``; or an array, by what the
+        equations call it, ``["δ²"]`` or ``["δ2"]``."""
+        if not isinstance(index, str):
+            return _at(self._parts, index)
+        values = self.values
+        for name in (index, index.translate(RAISED)):
+            if name in values:
+                return values[name]
+        raise KeyError(f"{index}: has {', '.join(values)}")
 
     def __len__(self) -> int:
         return len(self._parts)
@@ -193,16 +212,14 @@ class Inspection:
         ends = _arrays({x: self.model.input, f"∂C/∂{x}": self.model.d_input})
         return ends | {name: v for layer in self.layers for name, v in layer.values.items()}
 
-    @property
-    def _sides(self) -> dict[str, str]:
-        return dict(_sides_of(self.loss)) | dict(_all_sides(self.model.equations))
-
     def __str__(self) -> str:
-        of = "one example" if self.batch is None else f"means of {self.batch} examples"
-        table = _table(self.model, self._sides)
-        return f"C = {numbers(self.cost)}: {self.loss.name}, {of}\n{table}"
+        of = "one example" if self.batch is None else f"{self.batch} examples, means over them"
+        return f"C = {numbers(self.cost)}: {self.loss.name}, {of}\n{self.model}"
 
     __repr__ = __str__
+
+    def __rich__(self) -> Any:
+        return self.model.__rich__()
 
     def _repr_html_(self) -> str | None:
         try:
@@ -210,39 +227,45 @@ class Inspection:
         except ImportError:
             return None  # the notebook shows the table
         with treescope.active_autovisualizer.set_scoped(treescope.ArrayAutovisualizer()):
-            folded = _folded(self.model, self._sides)
+            folded = _folded(self.model)
             return treescope.render_to_html({f"C = {numbers(self.cost)}": folded})
 
 
-def _arrays(values: dict[str, Any]) -> dict[str, np.ndarray]:
-    """Those that are arrays of numbers; of a sequence with its length, the sequence."""
-    values = {k: v["x"] if isinstance(v, dict) and "x" in v else v for k, v in values.items()}
-    return {k: np.asarray(v) for k, v in values.items() if hasattr(v, "dtype")}
+def sides_of(model: LayerEquations, loss: LayerEquations) -> dict[str, str]:
+    """What each value is equal to. Of what several layers send back, the one that joins them says
+    it last; what comes back through time is added."""
+    sides: dict[str, str] = {}
+    for of in (loss, *model.walk(backward=True)):
+        for e in (*of.forward, *of.backward):
+            bare = re.sub(r"_[tj]$", "", e.left)
+            right = e.right
+            if e.sign == "←":
+                above = sides.get(e.left) or f"({sides.get(bare, '')} at t = T)"
+                right = right.replace(e.left, above.partition("  (")[0], 1)
+            side = f"{right}  ({e.tag})" if e.tag else right
+            sides |= {name: side for name in (e.left, bare)}
+    return sides
 
 
-def _all_sides(equations: LayerEquations) -> Iterator[tuple[str, str]]:
-    """The equation of each name: its right side and tag. (What several layers send back, the one
-    that joins them says last.)"""
-    for of in equations.walk(backward=True):
-        yield from _sides_of(of)
+def _at(parts: tuple[Inspected, ...], index: int | tuple[int, ...]) -> Inspected:
+    """A part, or a part of a part."""
+    first, *rest = index if isinstance(index, tuple) else (index,)
+    if not -len(parts) <= first < len(parts):
+        raise IndexError(f"takes a layer's place, 0 to {len(parts) - 1}, got {first}")
+    return parts[first][tuple(rest)] if rest else parts[first]
 
 
-def _sides_of(of: LayerEquations) -> Iterator[tuple[str, str]]:
-    for e in (*of.forward, *of.backward):
-        side = f"{e.right}  ({e.tag})" if e.tag else e.right
-        yield from ((name, side) for name in {e.left, re.sub(r"_[tj]$", "", e.left)})
-
-
-def _table(of: Inspected, sides: Mapping[str, str]) -> str:
-    """Equations, shapes, norms, share of zeros, and the numbers where they are few; of a batch
-    the means over its examples. Where that is long, what has parts is one of its rows."""
-    rows = _rows(list(of.walk()), sides)
+def _table(of: Inspected) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Equations, shapes, norms, share of zeros, and numbers; of a batch the means over its
+    examples. Where that is long, what has parts is one of its rows."""
+    rows = _rows(list(of.walk()))
     if len(rows) > MOST_ROWS and of.parts:
-        rows = _rows(list(of.parts), sides)
-    return fitted(("", "shape", "‖·‖", "zeros", "numbers"), rows)
+        rows = _rows(list(of.parts))
+    norm = "‖·‖" if of.batch is None else "mean ‖·‖"
+    return ("", "shape", norm, "zeros", "numbers"), rows
 
 
-def _rows(layers: Sequence[Inspected], sides: Mapping[str, str]) -> list[tuple[str, ...]]:
+def _rows(layers: Sequence[Inspected]) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = []
     for layer in layers:
         rows.append((layer.name, "", "", "", ""))
@@ -250,30 +273,41 @@ def _rows(layers: Sequence[Inspected], sides: Mapping[str, str]) -> list[tuple[s
             gradient = name in layer.gradients
             examples = value[None] if layer.batch is None or gradient else value
             norm = np.linalg.norm(examples.reshape(len(examples), -1), axis=1).mean()
-            cells = (str(examples.shape[1:]), numbers(norm), f"{np.mean(value == 0):.0%}")
-            said = f"  {name} = {sides[name]}" if sides.get(name) else f"  {name}"
-            shown = _few(examples, over_time=layer.recurrent is not None and not gradient)
-            rows.append((said, *cells, shown))
+            cells = (str(value.shape), numbers(norm), f"{np.mean(value == 0):.0%}")
+            over_time = layer.over_time is not None and not gradient
+            rows.append((_said(layer, name), *cells, _few(examples, over_time=over_time)))
     return rows
 
 
+def _said(layer: Inspected, name: str) -> str:
+    """A value's name and what it is equal to; a batch's gradient is a mean over n."""
+    side = layer.sides.get(name)
+    mean = "mean over n of " if layer.batch is not None and name in layer.gradients else ""
+    return f"  {name} = {mean}{side}" if side else f"  {name}"
+
+
 def _few(examples: np.ndarray, *, over_time: bool) -> str:
-    """The numbers where they are few; over time, the norms of the first and the last steps."""
-    if examples[0].size <= 3:
-        return numbers(examples.mean(0))
-    if not over_time or examples.ndim != 3:
+    """The first numbers of a vector; over time, the norms of the first and the last step."""
+    if over_time and examples.ndim == 3:
+        norms = np.linalg.norm(examples, axis=2).mean(0)
+        return f"‖·‖ by t: {numbers(norms[0])} … {numbers(norms[-1])}"
+    mean = examples.mean(0)
+    if mean.size > 3 and mean.ndim != 1:
         return ""
-    norms = np.linalg.norm(examples, axis=2).mean(0)
-    if len(norms) <= 3:
-        return f"‖·‖ by t: {numbers(norms)}"
-    return f"by t: {numbers(norms[0])} … {numbers(norms[-1])}"
+    return numbers(mean.ravel()[:3]) + (" …" if mean.size > 3 else "")
 
 
-def _folded(layer: Inspected, sides: Mapping[str, str]) -> dict[str, Any]:
+def _folded(layer: Inspected) -> dict[str, Any]:
     """A nested dict of a layer's arrays, each under its name and equation."""
     own = {
-        f"{name} = {sides[name]}" if sides.get(name) else name: value
+        _said(layer, name).strip(): value
         for name, value in layer.values.items()
         if not layer.parts or layer.equations.forward
     }
-    return {**{part.name: _folded(part, sides) for part in layer.parts}, **own}
+    return {**{part.name: _folded(part) for part in layer.parts}, **own}
+
+
+def _arrays(values: dict[str, Any]) -> dict[str, np.ndarray]:
+    """Those that are arrays of numbers; of a sequence with its length, the sequence."""
+    values = {k: v["x"] if isinstance(v, dict) and "x" in v else v for k, v in values.items()}
+    return {k: np.asarray(v) for k, v in values.items() if hasattr(v, "dtype")}

@@ -18,7 +18,7 @@ PARAMETERS = {
 }
 """What equations call a parameter of this name; any other by its name."""
 
-_RAISED = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
+RAISED = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 class Equation(NamedTuple):
@@ -28,15 +28,17 @@ class Equation(NamedTuple):
       left, right: its two sides; what is no equation stands on the left.
       tag: what is said beside it, such as ``BP3``.
       latex: both sides in LaTeX.
+      sign: ``=``, or ``←`` where the left side is made anew from itself.
     """
 
     left: str
     right: str
     tag: str
     latex: str
+    sign: str = "="
 
     def __str__(self) -> str:
-        return f"{self.left} = {self.right}" if self.right else self.left
+        return f"{self.left} {self.sign} {self.right}" if self.right else self.left
 
 
 def numbered(symbol: str, label: str) -> str:
@@ -44,7 +46,7 @@ def numbered(symbol: str, label: str) -> str:
     base, low, below = symbol.partition("_")
     if len(base) > 1 and base[1:].isalnum() and base.isascii():  # a name, not a letter
         base, low, below = symbol, "", ""
-    raised = label.translate(_RAISED) if label.isdigit() else f"^{_grouped(label)}" if label else ""
+    raised = label.translate(RAISED) if label.isdigit() else f"^{_grouped(label)}" if label else ""
     return f"{base}{raised}{low}{below}"
 
 
@@ -82,8 +84,9 @@ def _parts(line: str) -> Iterator[str]:
 def _equation(part: str, symbols: Mapping[str, str]) -> Equation:
     sides, _, tag = part.partition("  (")
     sides = replaced(sides, symbols)
-    left, _, right = sides.partition(" = ")
-    return Equation(left, right, tag.rstrip(")"), latex(sides))
+    sign = "←" if " ← " in sides else "="
+    left, _, right = sides.partition(f" {sign} ")
+    return Equation(left, right, tag.removesuffix(")"), latex(sides), sign)
 
 
 def replaced(text: str, symbols: Mapping[str, str]) -> str:
@@ -111,28 +114,17 @@ _LATEX = {
     **{"α": r"\alpha", "β": r"\beta", "γ": r"\gamma", "δ": r"\delta", "ε": r"\varepsilon"},
     **{"θ": r"\theta", "κ": r"\kappa", "λ": r"\lambda", "μ": r"\mu", "π": r"\pi", "ρ": r"\rho"},
     **{"σ": r"\sigma", "φ": r"\varphi", "ω": r"\omega", "Φ": r"\Phi"},
-    **{"∂": r"\partial", "∇": r"\nabla", "Σ": r"\sum", "∏": r"\prod", "√": r"\surd"},
+    **{"∂": r"\partial", "∇": r"\nabla", "Σ": r"\sum", "∏": r"\prod", "√": r"\sqrt"},
     **{"⊙": r"\odot", "½": r"\frac{1}{2}", "←": r"\leftarrow", "→": r"\rightarrow", "≠": r"\neq"},
     **{"∈": r"\in", "≤": r"\leq", "≥": r"\geq", "∞": r"\infty", "…": r"\dots", "‖": r"\|"},
 }  # fmt: skip
 _PLAIN = {"−": "-", "′": "'", "ᵀ": r"^{\top}", "⟨": r"\langle ", "⟩": r"\rangle "}
 _HATS = {"\u0302": r"\hat", "\u0304": r"\bar", "\u0303": r"\tilde"}
-_FUNCTIONS = (
-    "tanh",
-    "log",
-    "max",
-    "min",
-    "exp",
-    "sin",
-    "cos",
-    "diag",
-    "sign",
-    "mean",
-    "softmax",
-    "sigmoid",
-)
+_FUNCTIONS = ("tanh", "log", "max", "min", "exp", "sin", "cos")
+_OPERATORS = ("diag", "sign", "mean", "softmax", "sigmoid")
 _TOKEN = re.compile(
     r"(?P<raised>[⁰¹²³⁴⁵⁶⁷⁸⁹]+)|(?P<hat>.[\u0302\u0303\u0304])"
+    r"|(?P<said>BP\d|through [^=+]*[^=+ ])"
     r"|(?P<words>[A-Za-z]{2,}(?:[ -][A-Za-z]{2,})*)|(?P<one>.)",
     re.DOTALL,
 )
@@ -141,7 +133,19 @@ _TOKEN = re.compile(
 def latex(text: str) -> str:
     """The text in LaTeX, by a table of symbols: braces, ``_`` and ``^`` mean there what they do
     here."""
-    return "".join(map(_of_token, _TOKEN.finditer(text))).strip()
+    return "".join(map(_of_token, _TOKEN.finditer(_with_roots(text)))).strip()
+
+
+def _with_roots(text: str) -> str:
+    """``√(…)`` as ``√{…}``."""
+    before, root, after = text.partition("√(")
+    if not root:
+        return text
+    depth, end = 1, 0
+    while depth and end < len(after):
+        depth += {"(": 1, ")": -1}.get(after[end], 0)
+        end += 1
+    return f"{before}√{{{_with_roots(after[: end - 1])}}}{_with_roots(after[end:])}"
 
 
 def _of_token(match: re.Match[str]) -> str:
@@ -150,6 +154,11 @@ def _of_token(match: re.Match[str]) -> str:
         return f"^{{{''.join(str('⁰¹²³⁴⁵⁶⁷⁸⁹'.index(digit)) for digit in token)}}}"
     if kind == "hat":
         return f"{_HATS[token[1]]}{{{latex(token[0])}}}"
+    if kind == "said":
+        said = token.replace("_", r"\_")
+        return rf"\text{{{said}}}" if said.startswith("BP") else rf"\text{{ {said}}}"
+    if kind == "words" and token in _FUNCTIONS:
+        return rf"\{token} "
     if kind == "words":
-        return rf"\operatorname{{{token}}}" if token in _FUNCTIONS else rf"\text{{ {token} }}"
+        return rf"\operatorname{{{token}}}" if token in _OPERATORS else rf"\text{{ {token} }}"
     return _PLAIN.get(token) or (f"{_LATEX[token]} " if token in _LATEX else token)

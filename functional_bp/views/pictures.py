@@ -1,9 +1,8 @@
 """Pictures of what a pass or a run computed; each function gives a matplotlib ``Figure``.
 
-They need matplotlib, the extra ``plot``. ``figure.savefig(path)`` writes one; a notebook shows it.
-What is one panel can be drawn into ``axes`` of your own. An
-inspection of a batch (``example=None``) says more than one of a single example: norms are then
-means over its examples.
+They need matplotlib, the extra ``plot``. ``figure.savefig(path)`` writes a figure; a notebook shows
+it. A picture of one panel can be drawn into ``axes`` that you made. Inspect a whole batch
+(``example=None``) where you can: norms are then means over its examples.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ import numpy as np
 
 from ..checks import ModelError, function, number, told
 from ..docstrings import shown
-from ..training.history import History
+from ..training.history import History, Run
 from .inspection import Inspection
 
 __all__ = ["activations", "delta_norms", "deltas", "history", "norms", "through_time"]
@@ -31,8 +30,9 @@ Several = Inspection | Mapping[str, Inspection]
 def deltas(found: Inspection) -> Figure:
     """The errors δ of every layer as heatmaps: red raises the cost, blue lowers it.
 
-    One example's δ^l is a column of units; through time, units by steps; a batch's, units by
-    examples. Each panel has its own scale, which its title says.
+    One example's δ^l is a column of units; through time, units by steps (of gates: i, f, g, o of
+    an lstm, one below the other). A batch's is units by examples; through time, the mean over
+    them, units by steps. Each panel has its own scale, which its title says.
 
     Raises:
       ModelError: unless it is a ``bp.Inspection`` of a model that has δ.
@@ -43,16 +43,19 @@ def deltas(found: Inspection) -> Figure:
     panels = _deltas(found)
     figure, axes = _panels(len(panels), size=(2.2, 3.6))
     for panel, (name, delta) in zip(axes, panels.items()):
-        most = float(np.abs(delta).max()) or 1.0
-        image = delta.reshape(-1, delta.shape[-1]).T
-        panel.imshow(image, cmap="RdBu_r", vmin=-most, vmax=most, aspect="auto")
+        over_time = delta.ndim > (1 if found.batch is None else 2)
+        shown = delta.mean(0) if over_time and found.batch else delta
+        image = np.atleast_2d(shown.reshape(-1, shown.shape[-1])).T
+        most = float(np.abs(image).max()) or 1.0
+        extent = (0.5, image.shape[1] + 0.5, image.shape[0] - 0.5, -0.5) if over_time else None
+        panel.imshow(image, cmap="RdBu_r", vmin=-most, vmax=most, aspect="auto", extent=extent)
         panel.set_title(f"{name}, up to {most:.2g}", fontsize="medium")
         panel.yaxis.get_major_locator().set_params(integer=True)
-        across = "example" if found.batch else "step t" if delta.ndim > 1 else ""
+        across = "step t" if over_time else "example" if found.batch else ""
         panel.set(xlabel=across, ylabel="unit")
         if not across:
             panel.set_xticks([])
-    figure.suptitle("δ = ∂C/∂z of each unit: red raises the cost, blue lowers it")
+    figure.suptitle("δ = ∂C/∂z. Red: a greater z raises the cost. Blue: it lowers it.")
     return figure
 
 
@@ -70,11 +73,11 @@ def delta_norms(found: Several, *, axes: Axes = None) -> Figure:
     """
     figure, (panel,) = _panels(1, size=(6, 4), axes=axes)
     for name, one in _several(found).items():
-        norms = {layer: _norm(delta, one) for layer, delta in _deltas(one).items()}
-        panel.semilogy(range(1, len(norms) + 1), norms.values(), marker="o", label=name)
-    panel.set(xlabel="layer l, the input's first", ylabel="‖δ$^l$‖ = ‖∂C/∂z$^l$‖")
+        norms = {layer[1:]: _norm(delta, one) for layer, delta in _deltas(one).items()}
+        panel.semilogy(list(norms), list(norms.values()), marker="o", label=name)
+    panel.set(xlabel="layer l, from the input on", ylabel="‖δ$^l$‖ = ‖∂C/∂z$^l$‖")
     panel.set_title("How much error each layer is sent back")
-    return _finished(figure, panel, whole_x=True)
+    return _finished(figure, panel)
 
 
 def through_time(found: Several, *, axes: Axes = None) -> Figure:
@@ -91,7 +94,7 @@ def through_time(found: Several, *, axes: Axes = None) -> Figure:
     """
     figure, (panel,) = _panels(1, size=(6, 4), axes=axes)
     for name, one in _several(found).items():
-        recurrent = [layer for layer in one.layers if layer.recurrent is not None]
+        recurrent = [layer for layer in one.layers if layer.over_time is not None]
         if not recurrent:
             raise ModelError("through_time: takes a model with a recurrent layer, got none in it")
         for layer in recurrent:
@@ -107,7 +110,8 @@ def through_time(found: Several, *, axes: Axes = None) -> Figure:
 def activations(found: Inspection) -> Figure:
     """What every activation gives: a histogram each, with its dead units.
 
-    A unit is dead where it gives 0 for every example of the batch: no error passes it.
+    A unit is dead where it gives 0 for every example of the batch: no error passes it. One example
+    tells which are 0 for it.
 
     Raises:
       ModelError: unless it is a ``bp.Inspection`` of a model that has activations.
@@ -123,16 +127,17 @@ def activations(found: Inspection) -> Figure:
         panel.hist(np.ravel(layer.output), bins=40)
         units = np.reshape(layer.output, (-1, np.shape(layer.output)[-1]))
         dead = int((units == 0).all(0).sum())
-        panel.set_title(f"{layer.name}: {dead} of {units.shape[1]} units dead", fontsize="medium")
+        said = "dead" if found.batch else "are 0"
+        panel.set_title(f"{layer.name}: {dead} of {units.shape[1]} units {said}", fontsize="medium")
         panel.set(xlabel=layer.equations.y, ylabel="how often")
     return figure
 
 
-def history(history: History, *, rate: Any = None) -> Figure:
+def history(history: History | Run, *, rate: Any = None) -> Figure:
     """What a run recorded: its costs, its metrics, and the learning rate.
 
     Args:
-      history: ``run.history``.
+      history: ``run.history``, or the run.
       rate: the optimiser's schedule, ``step -> rate``, where it is to be drawn.
 
     Raises:
@@ -141,6 +146,7 @@ def history(history: History, *, rate: Any = None) -> Figure:
     Example:
       >>> figure = bp.pictures.history(run.history)  # doctest: +SKIP
     """
+    history = history.history if isinstance(history, Run) else history
     if not isinstance(history, History):
         raise ModelError(f"history: takes a bp.History, got {told(history)}")
     function("history: rate", rate, or_none=True)
@@ -181,13 +187,16 @@ def norms(norms: Sequence[float], *, max_norm: float | None = None, axes: Axes =
     Example:
       >>> figure = bp.pictures.norms(norms, max_norm=1.0)  # doctest: +SKIP
     """
-    values = np.asarray(norms)
+    values = np.asarray([] if isinstance(norms, Mapping) else norms)
     if values.ndim != 1 or values.dtype.kind not in "fiu" or not values.size:
         raise ModelError(f"norms: takes one number per example, (n,), got {told(norms)}")
     if max_norm is not None:
         number("norms: max_norm", max_norm, above=0)
     figure, (panel,) = _panels(1, size=(6, 4), axes=axes)
-    panel.hist(values, bins=40)
+    least, most = values[values > 0].min(initial=np.inf), values.max()
+    wide = most > 100 * max(least, most / 1e12) and (values > 0).all()
+    panel.hist(values, bins=np.geomspace(least, most, 41) if wide else 40)
+    panel.set_xscale("log" if wide else "linear")
     panel.set(xlabel="‖∂Cₙ/∂θ‖", ylabel="examples", title="Gradient norms of single examples")
     if max_norm is not None:
         above = float((values > max_norm).mean())

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -89,7 +90,6 @@ class _Reading:
     outputs: dict[str, str] = field(default_factory=dict)
     names: dict[int, tuple[Any, str]] = field(default_factory=dict)
     read: dict[str, LayerEquations] = field(default_factory=dict)
-    leaves: list[str] = field(default_factory=list)
 
     def watched(self, layer: Layer, where: str) -> Layer:
         """The layer, which reads its equations when it is traced."""
@@ -116,8 +116,6 @@ class _Reading:
                     notes += map(_met, explain(layer, params, x).rows)
                 known["notes"] = (*notes, *known.get("notes", ()))
             self.read[where] = LayerEquations(**known)
-            if not layer.parts and where not in self.leaves:
-                self.leaves.append(where)
             return y, residuals
 
         return dataclasses.replace(layer, forward=forward)
@@ -196,8 +194,22 @@ class _Reading:
             }
         if layer.equations is None:
             return {}
-        found = _written(layer.equations, known, label, positions=True)
+        more = self._of_parts(known["place"], known["y"])
+        found = _written(layer.equations, known, label, positions=True, more=more)
         return found if made else {"backward": found["backward"]}
+
+    def _of_parts(self, where: str, y: str) -> dict[str, str]:
+        """What a combinator's equations call what its parts give and send back."""
+        symbols: dict[str, str] = {}
+        for i, (word, arrow) in enumerate((("layer", "→h"), ("shortcut", "←h"))):
+            if (part := self.read.get(f"{where}[{i}]")) is None:
+                break
+            symbols |= {f"{word}(x)": part.y, arrow: part.y}
+            first = next(place for place in self.read if place.startswith(part.place))
+            symbols[f"through {word}"] = f"through {first}"
+            if part.x == part.y:  # handed on
+                symbols[f"∂C/∂x through {word}"] = f"∂C/∂{y}"
+        return symbols
 
     def _parameters(
         self, params: Tree, label: str
@@ -217,6 +229,14 @@ class _Reading:
             called[keys] = name, str(tuple(leaf.shape))
         return called, notes
 
+    def _takes(self, of: LayerEquations) -> bool:
+        """Whether a layer does something with its input; what hands it on does so beside others,
+        in a combinator that joins them."""
+        if of.x != of.y:
+            return not of.layer.parts  # type: ignore[union-attr]
+        around = self.read.get(of.place.rpartition("[")[0])
+        return around is not None and around.x == of.x != around.y and bool(around.forward)
+
     def tree(self, layer: Layer, where: str = "") -> LayerEquations:
         """What was read of a layer, with its parts."""
         parts = tuple(self.tree(part, f"{where}[{i}]") for i, part in enumerate(layer.parts))
@@ -224,9 +244,10 @@ class _Reading:
         if layer.parts:
             return read
         tag = ("BP1" if read.y == self.read[""].y else "BP2") if layer.elementwise else ""
-        used = [self.read[place].x for place in self.leaves]
+        tag = tag if by(read.x).startswith("δ") else ""
+        used = [of.x for of in self.read.values() if self._takes(of)]
         shared = by(read.x) if used.count(read.x) > 1 else None
-        backward = tuple(_one_of_uses(e, shared, read.name, tag) for e in read.backward)
+        backward = tuple(_one_of_uses(e, shared, where, tag) for e in read.backward)
         return dataclasses.replace(read, backward=backward)
 
 
@@ -242,10 +263,15 @@ def _ruled(
 
 
 def _written(
-    stated: Any, known: dict[str, Any], label: str, *, positions: bool
+    stated: Any,
+    known: dict[str, Any],
+    label: str,
+    *,
+    positions: bool,
+    more: Mapping[str, str] = MappingProxyType({}),
 ) -> dict[str, tuple[Equation, ...]]:
-    """The equations as a rule states them, with the names of this layer's values."""
-    symbols = {stated.y: known["y"]}
+    """The equations as a rule states them, with the names of this layer's values, and ``more``."""
+    symbols = {stated.y: known["y"], **more}
     symbols |= {_symbol(keys): name for keys, (name, _) in known["parameters"].items()}
     first: tuple[Equation, ...] = ()
     if known["x"].startswith("("):
@@ -255,6 +281,8 @@ def _written(
     if known["parameters"]:
         own = stated.y == "z" or re.search(r"δ(_t|\^\w)?( =|,| by)", stated.backward)
         symbols["δ"] = numbered("δ", label) if own else f"∂C/∂{known['y']}"
+    if "z_t =" in stated.forward:  # of a recurrent layer, whose gates have a z of their own
+        symbols["z_t"] = f"{numbered('z', label)}_t"
     forward = written(stated.forward, symbols, positions=positions)
     backward = written(stated.backward, symbols, positions=positions)
     if stated.latex is not None:
@@ -277,14 +305,20 @@ def _of_loss(loss: Loss, model: LayerEquations, label: str) -> LayerEquations:
         "y": "C",
     }
     known |= {"x_shape": model.y_shape, "y_shape": "()", "parameters": {}}
-    if loss.equations is None:
-        forward, notes = (
-            (_equation("C", f"{loss.name}({model.y}, y)"),),
-            ("it declares no equations",),
-        )
-        return LayerEquations(**known, forward=forward, backward=(), notes=notes)
-    known |= _written(loss.equations, known, label, positions=True)
-    known["backward"] = tuple(e for e in known["backward"] if not e.left.startswith("∇"))
+    stated: Any = loss.equations
+    if stated is None:
+        known["forward"] = (_equation("C", f"{loss.name}({model.y}, y)"),)
+        return LayerEquations(**known, backward=(), notes=("it declares no equations",))
+    if model.y_shape.count(",") < 2 and model.y_shape.endswith(",)"):  # no positions to mean over
+        alone = [text.replace("mean over positions of ", "") for text in stated[:2]]
+        forward, backward = (re.sub(r"\((.*)\) / positions", r"\1", text) for text in alone)
+        stated = stated._replace(forward=forward, backward=backward)
+    known |= _written(stated, known, label, positions=True)
+    known["backward"] = tuple(
+        e._replace(tag="BP1" if e.left.startswith("δ") else "")
+        for e in known["backward"]
+        if not e.left.startswith("∇")
+    )
     return LayerEquations(**known)
 
 
@@ -297,11 +331,11 @@ def _equation(left: str, right: str) -> Equation:
     return Equation(left, right, "", latex(f"{left} = {right}"))
 
 
-def _one_of_uses(e: Equation, shared: str | None, layer: str, tag: str) -> Equation:
+def _one_of_uses(e: Equation, shared: str | None, where: str, tag: str) -> Equation:
     """The equation with its tag; a value that several layers take has one term from each."""
     if shared is None or e.left.removesuffix("_t") != shared:
         return e._replace(tag=e.tag or tag)
-    return _equation(f"{e.left} through {layer}", e.right)._replace(tag=e.tag or tag)
+    return _equation(f"{e.left} through {where}", e.right)._replace(tag=e.tag or tag)
 
 
 def _symbol(keys: tuple[Any, ...]) -> str:

@@ -21,7 +21,7 @@ Tree = Any
 
 @explained(
     forward="y_t = [→h_t, ←h_t]",
-    backward="∂C/∂x_t = the sum of ∂C/∂x_t through both",
+    backward="[∂C/∂→h_t, ∂C/∂←h_t] = ∂C/∂y_t,  ∂C/∂x_t = the sum of ∂C/∂x_t through both",
 )
 def bidirectional(forward: Layer, backward: Layer | None = None) -> Layer:
     """Two recurrent layers over the same sequence, one from each end.

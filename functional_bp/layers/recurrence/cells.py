@@ -57,10 +57,10 @@ def _factors(delta: Array, x: Array, h_before: Array) -> Tree:
 @explained(
     forward="""
         z_t = W_x x_t + b + W_h h_{t−1}
-        h_t = f(z_t)""",
+        h_t = f(z_t),  f = tanh or relu""",
     backward="""
+        ∂C/∂h_t ← ∂C/∂h_t + W_hᵀ δ_{t+1}
         δ_t = ∂C/∂h_t ⊙ f′(z_t)
-        ∂C/∂h_{t−1} = W_hᵀ δ_t
         ∂C/∂x_t = W_xᵀ δ_t
         ∂C/∂W_x = Σ_t δ_t x_tᵀ,  ∂C/∂W_h = Σ_t δ_t h_{t−1}ᵀ      (BP4)
         ∂C/∂b = Σ_t δ_t      (BP3)""",
@@ -128,18 +128,18 @@ def rnn(
 
 @explained(
     forward="""
-        z_t = W_x x_t + b + W_h h_{t−1}, the rows of i, f, g, o one below the other
+        z_t = W_x x_t + b + W_h h_{t−1}      (the rows of i, f, g, o one below the other)
         i = σ(z^i)   f = σ(z^f)   g = tanh(z^g)   o = σ(z^o)
         c_t = f ⊙ c_{t−1} + i ⊙ g
         h_t = o ⊙ tanh c_t""",
     backward="""
-        ∂C/∂c_t ← ∂C/∂c_t + ∂C/∂h_t ⊙ [o ⊙ (1 − tanh² c_t)]
+        ∂C/∂h_t ← ∂C/∂h_t + W_hᵀ δ_{t+1}
+        ∂C/∂c_t = ∂C/∂c_{t+1} ⊙ f_{t+1} + ∂C/∂h_t ⊙ [o ⊙ (1 − tanh² c_t)]
         δ^i = ∂C/∂c_t ⊙ [g        ⊙ i (1 − i)]
         δ^f = ∂C/∂c_t ⊙ [c_{t−1}  ⊙ f (1 − f)]
         δ^g = ∂C/∂c_t ⊙ [i        ⊙ (1 − g²)]
         δ^o = ∂C/∂h_t ⊙ [tanh c_t ⊙ o (1 − o)]
-        ∂C/∂c_{t−1} = ∂C/∂c_t ⊙ f
-        ∂C/∂h_{t−1} = W_hᵀ δ_t
+        δ_t = [δ^i, δ^f, δ^g, δ^o]
         ∂C/∂x_t = W_xᵀ δ_t
         ∂C/∂W_x = Σ_t δ_t x_tᵀ,  ∂C/∂W_h = Σ_t δ_t h_{t−1}ᵀ      (BP4)
         ∂C/∂b = Σ_t δ_t      (BP3)""",
@@ -217,16 +217,17 @@ def lstm(
 
 @explained(
     forward="""
-        p_t = W_x x_t + b,  q_t = W_h h_{t−1}, the rows of r, z, n one below the other
+        p_t = W_x x_t + b,  q_t = W_h h_{t−1}      (the rows of r, z, n one below the other)
         r = σ(p^r + q^r)   z = σ(p^z + q^z)
         m = q^n + b_n
         n = tanh(p^n + r ⊙ m)
         h_t = (1 − z) ⊙ n + z ⊙ h_{t−1}""",
     backward="""
+        ∂C/∂h_t ← ∂C/∂h_t + ∂C/∂h_{t+1} ⊙ z_{t+1} + W_hᵀ ε_{t+1}
         δ^n = ∂C/∂h_t ⊙ [(1 − z) ⊙ (1 − n²)]           ε^n = δ^n ⊙ r
         δ^z = ∂C/∂h_t ⊙ [(h_{t−1} − n) ⊙ z (1 − z)]    ε^z = δ^z
         δ^r = δ^n ⊙ [m ⊙ r (1 − r)]                    ε^r = δ^r
-        ∂C/∂h_{t−1} = ∂C/∂h_t ⊙ z + W_hᵀ ε_t
+        δ_t = [δ^r, δ^z, δ^n],  ε_t = [ε^r, ε^z, ε^n]
         ∂C/∂x_t = W_xᵀ δ_t
         ∂C/∂W_x = Σ_t δ_t x_tᵀ,  ∂C/∂W_h = Σ_t ε_t h_{t−1}ᵀ      (BP4)
         ∂C/∂b = Σ_t δ_t,  ∂C/∂b_n = Σ_t ε^n_t      (BP3)""",
