@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 from definitions import WEIGHTS, case, check_equal
+from jax.extend.core import jaxprs_in_params
 
 import functional_bp as bp
 
@@ -22,7 +23,14 @@ def test_one_step_solves_linear_least_squares():
     x, y = random.normal(size=(40, 5)), random.normal(size=(40, 3))
     model, loss = bp.chain(bp.dense(3, bias=False)), bp.losses.squared_error
     optimizer = bp.kfac(
-        model, loss, 1.0, batch=(x, y), damping=1e-14, max_step=None, fisher="exact"
+        model,
+        loss,
+        1.0,
+        batch=(x, y),
+        damping=1e-14,
+        max_step=None,
+        fisher="exact",
+        estimate_from=1.0,
     )
 
     def step(key):
@@ -38,13 +46,21 @@ def test_one_step_solves_linear_least_squares():
 
 
 @pytest.mark.parametrize(
-    ("name", "shared", "inverse_every"), [("mixed", "expand", 1), ("nested repeat", "reduce", 2)]
+    ("name", "shared", "amortised"),
+    [
+        ("mixed", "expand", {"estimate_every": 1, "estimate_from": 1.0, "inverse_every": 1}),
+        (
+            "nested repeat",
+            "reduce",
+            {"estimate_every": 3, "estimate_from": 0.4, "inverse_every": 4},
+        ),
+    ],
 )
-def test_steps_are_as_the_equations_say(name, shared, inverse_every):
+def test_steps_are_as_the_equations_say(name, shared, amortised):
     """With a learning rate and weights that change at every step."""
     model, loss, params, x, y = case(name)
     decay, damping, bound = 0.8, 0.01, 1e-3
-    rates, weights = (0.1, 0.3, 0.05), jnp.array(WEIGHTS)
+    rates = (0.1, 0.3, 0.05, 0.1, 0.2, 0.1)
     optimizer = bp.kfac(
         model,
         loss,
@@ -54,26 +70,30 @@ def test_steps_are_as_the_equations_say(name, shared, inverse_every):
         decay=decay,
         momentum=0.5,
         max_step=bound,
-        inverse_every=inverse_every,
         fisher="empirical",
         shared=shared,
+        **amortised,
     )
-    batches = [(x, y, weights), (x[::-1] * 2, y, weights[::-1]), (x + 1, y[::-1], weights + 1)]
+    weights = jnp.array(WEIGHTS)
+    batches = [(x, y, weights), (x[::-1] * 2, y, weights[::-1]), (x + 1, y[::-1], weights + 1)] * 2
+    share = {1.0: slice(None), 0.4: slice(None, None, 2)}[amortised["estimate_from"]]  # of 6, 3
 
-    def ours(params):
-        state, updates = optimizer.init(params), []
-        for x, y, w in batches:
-            gradient = bp.grad(model, loss)(params, x, y, weights=w)
-            update, state = optimizer.update(gradient, state, params, x=x, y=y, weights=w)
-            updates.append(update)
-        return dict(enumerate(updates))
+    @jax.jit
+    def ours(state, x, y, weights):
+        gradient = bp.grad(model, loss)(params, x, y, weights=weights)
+        return optimizer.update(gradient, state, params, x=x, y=y, weights=weights)
 
-    def material(params):
+    @jax.jit
+    def material(x, y, weights):
+        part = x[share], y[share]
         factors = bp.kronecker_factors(model, loss, fisher="empirical", shared=shared)
-        return [
-            (bp.grad(model, loss)(params, x, y, weights=w), factors(params, x, y, weights=w))
-            for x, y, w in batches
-        ]
+        return (
+            bp.grad(model, loss)(params, x, y, weights=weights),
+            factors(params, *part, weights=weights[share]),
+        )
+
+    def due(step, every):
+        return step < 3 or step % every == 0
 
     def preconditioned(g, A, G):
         root_of_pi = np.sqrt((np.trace(A) / len(A)) / (np.trace(G) / len(G)))
@@ -84,18 +104,21 @@ def test_steps_are_as_the_equations_say(name, shared, inverse_every):
     def is_kronecker(node):
         return isinstance(node, bp.Kronecker)
 
-    wanted, average, velocity, shrinks = {}, None, None, []
-    for step, (gradient, factors) in enumerate(jax.jit(material)(params)):
-        new = [
-            (np.asarray(f.A), np.asarray(f.G))
-            for f in jax.tree.leaves(factors, is_leaf=is_kronecker)
-        ]
-        average = [
-            tuple(decay * old + (1 - decay) * n for old, n in zip(olds, news))
-            for olds, news in zip(average or [(0, 0)] * len(new), new)
-        ]
-        if step % inverse_every == 0:
-            unbiased = [tuple(f / (1 - decay ** (step + 1)) for f in pair) for pair in average]
+    state, average, velocity, shrinks, estimates = optimizer.init(params), None, None, [], 0
+    for step, batch in enumerate(batches):
+        gradient, factors = material(*batch)
+        if due(step, amortised["estimate_every"]):
+            estimates += 1
+            new = [
+                (np.asarray(f.A), np.asarray(f.G))
+                for f in jax.tree.leaves(factors, is_leaf=is_kronecker)
+            ]
+            average = [
+                tuple(decay * old + (1 - decay) * n for old, n in zip(olds, news))
+                for olds, news in zip(average or [(0, 0)] * len(new), new)
+            ]
+        if due(step, amortised["inverse_every"]):
+            unbiased = [tuple(f / (1 - decay**estimates) for f in pair) for pair in average]
         us, slope = [], 0.0
         for g, (A, G) in zip(jax.tree.leaves(gradient), unbiased):
             stack = A.shape[:-2]
@@ -113,11 +136,46 @@ def test_steps_are_as_the_equations_say(name, shared, inverse_every):
             slope += (u * g).sum()
         shrinks.append(min(1, np.sqrt(bound / (rates[step] ** 2 * slope))))
         velocity = [shrinks[-1] * u + 0.5 * v for u, v in zip(us, velocity or [0.0] * len(us))]
-        wanted[step] = jax.tree.unflatten(
-            jax.tree.structure(params), [jnp.asarray(-rates[step] * v) for v in velocity]
-        )
+        wanted = [jnp.asarray(-rates[step] * v) for v in velocity]
+        update, state = ours(state, *batch)
+        check_equal({step: update}, {step: jax.tree.unflatten(jax.tree.structure(params), wanted)})
     assert max(shrinks) < 1  # or the bound would not be seen
-    check_equal(jax.jit(ours)(params), wanted)
+
+
+def outside_branches(jaxpr):
+    """The names of a program's operations, those in a ``cond``'s branches left out."""
+    for equation in jaxpr.eqns:
+        yield equation.primitive.name
+        if equation.primitive.name != "cond":
+            for inner in jaxprs_in_params(equation.params):
+                yield from outside_branches(inner)
+
+
+def test_what_is_not_due_is_skipped():
+    """It lies in branches, which the compiler leaves branches: it computes one, not both."""
+    model, loss, params, x, y = case("mixed")
+    optimizer = bp.kfac(model, loss, 0.1, batch=(x, y), fisher="empirical", estimate_every=2)
+
+    def of(gradient, state, params):
+        return optimizer.update(gradient, state, params, x=x, y=y)
+
+    given = (params, optimizer.init(params), params)
+    always = list(outside_branches(jax.make_jaxpr(of)(*given).jaxpr))
+    assert always.count("cond") == 2  # estimates, inverses
+    assert not {"tanh", "erf", "cholesky"} & set(always)  # of the forward pass, of inverting
+    assert always.count("dot_general") == 3 * len(jax.tree.leaves(params))  # G⁻¹ g A⁻¹, ⟨u, g⟩
+    assert jax.jit(of).lower(*given).compile().as_text().count(" conditional(") == 2
+
+
+def test_a_step_may_be_given_the_buffers_of_its_state():
+    model, loss, params, x, y = case("mixed")
+    optimizer = bp.kfac(model, loss, 0.1, batch=(x, y), fisher="empirical")
+
+    def step(state, params):
+        return optimizer.update(params, state, params, x=x, y=y)[1]
+
+    state = jax.jit(step, donate_argnums=0)(optimizer.init(params), params)
+    assert state[0].steps == state[0].estimates == 1
 
 
 def test_a_parameter_without_factors_is_stepped_along_its_gradient():
@@ -150,7 +208,15 @@ def test_a_parameter_that_has_had_no_input_and_no_gradient_is_not_stepped():
 
 @pytest.mark.parametrize(
     "options",
-    [{"damping": 0}, {"decay": 1.0}, {"momentum": -0.1}, {"max_step": 0}, {"inverse_every": 0}],
+    [
+        *({"damping": 0}, {"decay": 1.0}, {"momentum": -0.1}, {"max_step": 0}),
+        *(
+            {"inverse_every": 0},
+            {"estimate_every": 0},
+            {"estimate_from": 0},
+            {"estimate_from": 1.1},
+        ),
+    ],
 )
 def test_options_out_of_range_are_named(options):
     model, loss, _, x, y = case("mixed")
