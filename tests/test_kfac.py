@@ -1,14 +1,17 @@
 """K-FAC takes the step that its equations say, and Newton's where they coincide."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from definitions import WEIGHTS, case, check_equal
+from definitions import WEIGHTS, case, check_equal, outputs_hessian, outputs_jacobian
 from jax.extend.core import jaxprs_in_params
 
 import functional_bp as bp
+from functional_bp.training import quadratic_model
 
 
 @pytest.fixture(autouse=True)
@@ -140,6 +143,123 @@ def test_steps_are_as_the_equations_say(name, shared, amortised):
         update, state = ours(state, *batch)
         check_equal({step: update}, {step: jax.tree.unflatten(jax.tree.structure(params), wanted)})
     assert max(shrinks) < 1  # or the bound would not be seen
+
+
+def flat(tree):
+    return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)])
+
+
+@functools.cache
+def gauss_newton(name):
+    """``(params, x, y, weights) -> Σₙ wₙ Jₙᵀ Hₙ Jₙ / Σₙ wₙ`` of a model, by its definition."""
+    model, loss, *_ = case(name)
+
+    def of(params, x, y, weights):
+        J = outputs_jacobian(model, params, x)
+        H = outputs_hessian(model, loss, params, x, y)
+        return jnp.einsum("n,nap,nab,nbq->pq", weights / weights.sum(), J, H, J)
+
+    return jax.jit(of)
+
+
+@pytest.mark.parametrize("name", ["mixed", "tied stacks"])
+def test_without_a_learning_rate_a_step_minimises_the_quadratic_model(name):
+    """Along K-FAC's direction and the step before; ``estimate_from`` is of F too."""
+    model, loss, params, x, y = case(name)
+    weights, damping = jnp.array(WEIGHTS), 0.03
+    given = {"batch": (x, y), "damping": damping, "fisher": "empirical", "estimate_from": 0.4}
+    optimizer = bp.kfac(model, loss, **given)
+    direction = bp.kfac(model, loss, 1.0, max_step=None, **given)  # −u
+
+    @jax.jit
+    def both(states, params, x):
+        gradient = bp.grad(model, loss)(params, x, y, weights=weights)
+        found = [
+            o.update(gradient, state, params, x=x, y=y, weights=weights)
+            for o, state in zip((optimizer, direction), states)
+        ]
+        return gradient, *zip(*found)
+
+    states, last = (optimizer.init(params), direction.init(params)), 0 * flat(params)
+    for step in range(4):
+        x = x[::-1] * 0.9
+        gradient, (ours, minus_u), states = both(states, params, x)
+        F = gauss_newton(name)(params, x[::2], y[::2], weights[::2])
+        F += damping * np.eye(len(F))
+        D = np.stack([-flat(minus_u), last], 1)[:, : 1 + (step > 0)]
+        wanted = D @ np.linalg.solve(D.T @ F @ D, -D.T @ flat(gradient))
+        check_equal({step: flat(ours)}, {step: wanted}, within=1e-8)
+        last, params = wanted, optax.apply_updates(params, ours)
+    assert states[0].damping == damping
+
+
+@pytest.mark.parametrize(("damping", "lower"), [(1.0, True), (1e-9, False)])
+def test_the_damping_follows_what_the_model_foretold(damping, lower):
+    """Every fifth step; where steps are too long for the model it grows, else it falls."""
+    model, loss, params, x, y = case("mixed")
+    optimizer = bp.kfac(
+        *(model, loss),
+        **{"batch": (x, y), "damping": damping, "least_damping": 1e-12},
+        **{"fisher": "empirical", "estimate_from": 1.0},
+    )
+
+    @jax.jit
+    def step(state, params):
+        cost, gradient = bp.value_and_grad(model, loss)(params, x, y)
+        update, state = optimizer.update(gradient, state, params, x=x, y=y)
+        after = optax.apply_updates(params, update)
+        change = bp.value_and_grad(model, loss)(after, x, y)[0] - cost
+        return gradient, update, state, change, after
+
+    state, dampings = optimizer.init(params), [damping]
+    for _ in range(10):
+        before = params
+        gradient, update, state, change, params = step(state, params)
+        d, F = flat(update), gauss_newton("mixed")(before, x, y, jnp.ones(len(x)))
+        foretold = d @ flat(gradient) + 0.5 * d @ F @ d + 0.5 * dampings[-1] * d @ d
+        ratio, factor = change / foretold, 1.0
+        if len(dampings) % 5 == 0:
+            factor = 0.95**5 if ratio > 0.75 else 0.95**-5 if ratio < 0.25 else 1.0
+        dampings.append(dampings[-1] * factor)
+        np.testing.assert_allclose(state.damping, dampings[-1], rtol=1e-12)
+    assert (dampings[-1] < damping) if lower else (dampings[-1] > damping)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "wanted"), [(0.24, 4.0), (0.26, 2.0), (0.74, 2.0), (0.76, 1.0), (-1.0, 4.0)]
+)
+def test_levenberg_and_marquardts_rule(ratio, wanted):
+    assert quadratic_model.adapted(jnp.array(2.0), jnp.array(ratio), 0.5, 0.1) == wanted
+
+
+def test_the_damping_does_not_fall_below_the_least():
+    model, loss, params, x, y = case("mixed")
+    optimizer = bp.kfac(model, loss, batch=(x, y), damping=1.0, least_damping=0.9)
+    run = bp.fit(model, loss, params, [(x, y)], optimizer, epochs=5, key=jax.random.key(0))
+    assert run.opt_state.damping == 0.9
+
+
+def test_directions_that_depend_on_each_other_have_a_minimum():
+    F, slopes = np.array([[2.0, 4.0], [4.0, 8.0]]), np.array([1.0, 2.0])
+    c, change = quadratic_model.minimised(F, slopes)
+    np.testing.assert_allclose(F @ c, -slopes, rtol=1e-12)
+    np.testing.assert_allclose(change, -0.25, rtol=1e-12)
+
+
+def test_frozen_parameters_have_no_part_in_the_quadratic_model():
+    """It steps as a model without them does."""
+    x, y = np.random.default_rng(0).normal(size=(2, 8, 3))
+    loss, given = bp.losses.squared_error, {"batch": (x, y), "fisher": "exact"}
+    whole, rest = bp.chain(bp.dense(4), bp.tanh, bp.dense(3)), bp.chain(bp.dense(3))
+    params = whole.init(jax.random.key(0), x[0])
+    hidden = np.tanh(x @ params[0]["weight"].T)
+
+    def trained(model, params, x, **how):
+        optimizer = bp.kfac(model, loss, **given | {"batch": (x, y)})
+        return bp.fit(model, loss, params, [(x, y)], optimizer, epochs=6, **how).params[-1]
+
+    ours = trained(whole, params, x, frozen=lambda path: path[0] == 0)
+    check_equal({"last": ours}, {"last": trained(rest, (params[-1],), hidden)})
 
 
 def outside_branches(jaxpr):
