@@ -115,9 +115,7 @@ def seconds_of(epochs, begun):
     """
     shortest = dict.fromkeys(epochs, np.inf)
     begun, order, key = dict(begun), np.arange(pictures.IMAGES), jax.random.key(0)
-    for turn in range(
-        21
-    ):  # the first compiles, and has K-FAC's first three steps, which all invert
+    for turn in range(21):  # the first compiles, and in K-FAC's first three steps all is due
         for name, epoch in epochs.items():
             start = time.perf_counter()
             for _ in range(2):
