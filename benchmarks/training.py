@@ -57,23 +57,23 @@ def by_rate(*of: Any, **given: Any) -> Any:
     return bp.kfac(*of, learning_rate=0.1, momentum=0.9, **given)
 
 
-def _steps(network: bp.Layer, pixels: int, kind: Any) -> tuple[Any, tuple[Tree, Tree]]:
+def _steps(network: bp.Layer, pixels: int, kind: Any) -> tuple[Any, tuple[Tree, ...]]:
     """20 steps on one batch, after 20 others, so that one of them inverts."""
     x = jax.random.normal(jax.random.key(0), (KFAC_BATCH, pixels))
     y = jnp.arange(KFAC_BATCH) % 10
     gradient = bp.grad(network, loss)
     chosen = optax.with_extra_args_support(kind(network, loss, batch=(x, y)))
 
-    def step(carried: Tree, key: jax.Array) -> tuple[Tree, None]:
-        params, state = carried
-        updates, state = chosen.update(gradient(params, x, y), state, params, x=x, y=y, key=key)
-        return (optax.apply_updates(params, updates), state), None
+    def steps(params: Tree, state: Tree, x: jax.Array, y: jax.Array) -> tuple[Tree, Tree]:
+        def step(carried: Tree, key: jax.Array) -> tuple[Tree, None]:
+            params, state = carried
+            updates, state = chosen.update(gradient(params, x, y), state, params, x=x, y=y, key=key)
+            return (optax.apply_updates(params, updates), state), None
 
-    def steps(params: Tree, state: Tree) -> Tree:
         return jax.lax.scan(step, (params, state), jax.random.split(jax.random.key(1), 20))[0]
 
     params = network.init(jax.random.key(2), x[0])
-    return steps, jax.jit(steps)(params, chosen.init(params))
+    return steps, (*jax.jit(steps)(params, chosen.init(params), x, y), x, y)
 
 
 def _inputs(epochs: int) -> tuple[Tree, Any, int]:
