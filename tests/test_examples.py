@@ -111,7 +111,7 @@ PARSERS = {  # what each example needs
     "char_lm": "orbax.checkpoint",
     "dp_sgd": "dp_accounting",
     "flax_private": "flax",
-    "kfac_digits": "matplotlib",
+    "kfac_autoencoder": "matplotlib",
     "mislabelled": "equinox",
     "noise_scale": "flax",
     "train_digits": "matplotlib",
@@ -164,8 +164,11 @@ def test_every_option_of_every_example_says_what_it_takes(example, tmp_path, cap
         ("dp_sgd", "--delta=1", "takes a number above 1e-15, below 1; got 1"),
         ("dp_sgd", "--rate=1.5", "takes a number above 0.001, up to 1; got 1.5"),
         ("dp_sgd", "--noise=0.2", "takes a number above 0.2, up to 1e+06; got 0.2"),
-        ("kfac_digits", "--batch=1438", "takes a whole number from 1 to 1437, got 1438"),
-        ("kfac_digits", "--seed=4294967296", "a whole number from 0 to 4294967295, got 4294967296"),
+        (
+            "kfac_autoencoder",
+            "--seed=4294967296",
+            "a whole number from 0 to 4294967295, got 4294967296",
+        ),
         ("train_digits", "--epochs=0", "takes a whole number from 1, got 0"),
         ("vanishing_gradients", "--length=1", "takes a whole number from 2, got 1"),
     ],
@@ -189,6 +192,43 @@ def test_idx_files_are_read_plain_and_gzip(compress, tmp_path, monkeypatch):
     x, y = idx.load(written(tmp_path, compress), "train")
     assert x.shape == (40, 16) and x.dtype == np.float32 and x.min() >= 0 and x.max() <= 1
     assert y.tolist() == [n % 10 for n in range(40)]
+
+
+@pytest.fixture
+def kfac_autoencoder(monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.syspath_prepend(EXAMPLES)
+    import kfac_autoencoder
+
+    return kfac_autoencoder
+
+
+def test_kfac_and_adam_learn_to_compress_digits(
+    kfac_autoencoder, monkeypatch, options, tmp_path, capsys
+):
+    small = {"WIDTHS": (12, 4), "BATCHES": (128,), "DAMPINGS": (1e-2,), "RATES": (1e-2,)}
+    for name, value in small.items():
+        monkeypatch.setattr(kfac_autoencoder, name, value)
+    options("--epochs", 12, "--out", tmp_path)
+    kfac_autoencoder.main()
+    lines = capsys.readouterr().out.splitlines()
+    losses = [float(line.split("training loss ")[1].split(",")[0]) for line in lines[2:5]]
+    assert len(lines) == 9 and min(losses) > 0
+    assert losses[0] < 13.4 / 2  # K-FAC's, beside that of a code that says nothing
+    assert (tmp_path / "kfac_autoencoder.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(("losses", "leader"), [((3.0, 1.0), "K-FAC"), ((3.0, 2.5), "Adam")])
+def test_the_finding_is_of_the_numbers(kfac_autoencoder, losses, leader):
+    def run(name, losses, seconds):
+        losses = np.array(losses)
+        seconds = seconds * np.arange(1, len(losses) + 1)
+        return kfac_autoencoder.Run(name, seconds, losses, losses / 4, losses / 2, (), ())
+
+    best = {"K-FAC": run("K-FAC", losses, 2.0), "Adam": run("Adam", (4, 3, 2.5, 2), 1.0)}
+    said = kfac_autoencoder.finding(best)
+    other, part = {"K-FAC": ("Adam", "100%"), "Adam": ("K-FAC", "75%")}[leader]
+    assert f"{leader} needs {part} of the time" in said and f"at which {other} ends" in said
 
 
 LABELS, IMAGES = "train-labels-idx1-ubyte", "train-images-idx3-ubyte"
