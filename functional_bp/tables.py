@@ -13,8 +13,9 @@ Row = Sequence[str]
 
 
 def columns(rows: Sequence[Row]) -> str:
-    """Rows of cells as text, each column as wide as its widest cell."""
-    widths = [max(map(len, column)) for column in zip(*rows)]
+    """Rows of cells as text, each column as wide as its widest cell; a row of one cell alone is a
+    heading, as wide as it is."""
+    widths = [max(map(len, column)) for column in zip(*(row for row in rows if any(row[1:])))]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows
     )
@@ -43,6 +44,8 @@ def rich_table(head: Row, rows: Sequence[Row]) -> Any:
 def _folded(row: Row, width: int) -> list[Row]:
     """A row, the first cell of which may take several lines."""
     first, *others = row
+    if not any(others):
+        return [row]
     text = first.lstrip()
     indent = " " * (len(first) - len(text))
     lines = textwrap.wrap(text, width, initial_indent=indent, subsequent_indent=f"{indent}    ")

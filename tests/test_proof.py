@@ -515,3 +515,15 @@ def test_the_proof_changes_no_global_setting():
         check_layer(planted(bp.tanh, of_input(jnp.negative)), VECTOR)
     assert jnp.ones(1, float).dtype == jnp.float32
     assert not jax.config.jax_disable_jit
+
+
+def test_a_layer_that_says_elementwise_is():
+    summed = bp.rule(
+        init=lambda key, x: (),
+        forward=lambda params, x, key=None: (jnp.cumsum(x), ()),
+        backward=lambda params, residuals, dy: (jnp.cumsum(dy[::-1])[::-1], ()),
+        name="cumsum",
+    )
+    bp.testing.check_layer(summed, jnp.ones(3))
+    with pytest.raises(AssertionError, match=r"cumsum: .*is it elementwise"):
+        bp.testing.check_layer(dataclasses.replace(summed, elementwise=True), jnp.ones(3))

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
@@ -55,7 +56,8 @@ def check_layer(
         Σₙ gₙ of every second parameter, the others dropped, and the other way round,
 
     and that an example's output stays the same whatever examples are beside it: a layer that mixes
-    them says so by ``mixes_examples``. It has no gₙ: its y, ∂C/∂x and totals are proven. A layer
+    them says so by ``mixes_examples``. Of a layer that says ``elementwise``, ∂C/∂x = σ′ ⊙ ∂C/∂y is
+    proven too. A layer that mixes has no gₙ: its y, ∂C/∂x and totals are proven. A layer
     that is another at inference is proven in that form too.
 
     The relative error of a leaf is max|Δ| / max|leaf|; the error is absolute where the leaf is 0
@@ -125,6 +127,9 @@ def _prove(
     wanted_dx, g = wanted(dy)
     dx, factors = backward(dy, keep)
     proof.equal("input gradient", where_float(x, dx), where_float(x, wanted_dx))
+    if layer.elementwise:
+        slope, _ = backward(jax.tree.map(jnp.ones_like, dy), keep)
+        proof.equal("input gradient as σ′(z) ⊙ ∂C/∂y (is it elementwise?)", dx, slope * dy)
     learned = trainable(params, layer.is_state(params))
     v = jax.tree.map(lambda p: draw.normal(p.shape), learned)
     for name, contract, wanted_result in _contractions(g, v):

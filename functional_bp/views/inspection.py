@@ -240,8 +240,9 @@ def sides_of(model: LayerEquations, loss: LayerEquations) -> dict[str, str]:
             bare = re.sub(r"_[tj]$", "", e.left)
             right = e.right
             if e.sign == "←":
-                above = sides.get(e.left) or f"({sides.get(bare, '')} at t = T)"
-                right = right.replace(e.left, above.partition("  (")[0], 1)
+                above = (sides.get(e.left) or sides.get(bare, "")).partition("  (")[0]
+                at_end = f"({above} at t = T)"  # of a layer that gives the last step alone
+                right = right.replace(e.left, above if e.left in sides else at_end, 1)
             side = f"{right}  ({e.tag})" if e.tag else right
             sides |= {name: side for name in (e.left, bare)}
     return sides
