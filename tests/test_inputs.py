@@ -109,7 +109,9 @@ KINDS = {
     **dict.fromkeys(("reference", "root", "sample", "mirrored", "rebuild"), "function or none"),
     **dict.fromkeys(("features", "vocabulary", "hidden", "n", "size"), "whole from 1"),
     **dict.fromkeys(("inverse_every", "batch"), "whole from 1"),
-    **dict.fromkeys(("microbatch", "samples", "truncate", "every"), "whole from 1 or none"),
+    **dict.fromkeys(
+        ("microbatch", "samples", "truncate", "every", "steps_per_call"), "whole from 1 or none"
+    ),
     **dict.fromkeys(("seed", "epochs", "steps"), "whole from 0 or none"),
     "checkpoint": "whole from 1 or flag",
     "axis": "whole",

@@ -26,12 +26,13 @@ from ..layer import Layer
 from ..losses.definition import Loss
 from ..recursion import Model, paired
 from .batches import Batches, Padded, each_epoch, with_first
+from .calls import Calls, on_one_device
 from .checkpoints import Checkpoints
 from .evaluation import Metric, Targets, check_metrics, evaluate
 from .history import Run
 from .interrupts import Interrupts
-from .loop import Training
-from .steps import Setting, advance, identity
+from .loop import MOST_UNREAD, Training
+from .steps import Setting, identity, programs
 
 Tree = Any
 
@@ -49,6 +50,7 @@ def fit(
     method: str = "manual",
     frozen: Frozen = None,
     microbatch: int | None = None,
+    steps_per_call: int | None = None,
     evaluation: Batches | None = None,
     metrics: Mapping[str, Metric] | None = None,
     callbacks: Sequence[Callable[[Run], Any]] = (),
@@ -79,6 +81,12 @@ def fit(
         parameter, so its weight decay does not either. A layer's state is renewed all the same: to
         keep running averages too, put ``layer.inference()`` in its place. With such layers there
         are no microbatches.
+      steps_per_call: how many steps go into one call of the compiled program; None to choose by how
+        long a step takes. A call costs the host some 25 µs, which is more than a small network's
+        step. The run is the same, bit for bit, whatever the number. No call goes past a look, and
+        no batch is asked for before the call that it belongs to. One at a time go steps with
+        arrays that lie on a device already or are split among devices, and if None, steps on
+        anything but a CPU, by a program without a loop whose last bit may be another.
       evaluation: batches to evaluate at every look at the run.
       metrics: what to evaluate besides the loss, as in ``bp.evaluate``.
       callbacks: functions of the ``bp.Run`` so far, called at every look. Its arrays are good
@@ -124,20 +132,30 @@ def fit(
       [[3.]] [1.]
     """
     model, loss = paired(model, loss)
-    _check_run(optimizer, epochs, steps, every, microbatch, key)
+    counts = {"epochs": epochs, "steps": steps, "every": every, "microbatch": microbatch}
+    _check_run(optimizer, counts | {"steps_per_call": steps_per_call}, key)
     flags = {"stop_on_nan": stop_on_nan, "progress": progress, "resume": resume}
     _check_looks(loss, metrics, callbacks, checkpoints, flags)
     arrays_of("params", params)
     options: Any = {"method": method, "frozen": frozen, "microbatch": microbatch}
     setting = Setting.of(model, loss, params, optimizer, **options)
     state, rest = setting.begin(params)
+    may_loop = on_one_device((state, rest), None if steps_per_call else "cpu")
     training = Training(
-        advance=advance(setting),
+        calls=Calls(
+            programs=programs(setting),
+            rest=rest,
+            key=key,
+            given=steps_per_call,
+            bound=min(every or MOST_UNREAD, MOST_UNREAD),
+            in_loops=may_loop,
+        ),
         split=setting.split,
         source=each_epoch(batches, epochs),
         state=state,
         rest=rest,
         key=key,
+        steps_per_epoch=len(batches) if isinstance(batches, Sized) else None,
         padded=Padded(fill=not model.mixes_examples),
         targets=Targets(model, loss, params),
         epochs=epochs,
@@ -162,19 +180,12 @@ def fit(
     return training.run
 
 
-def _check_run(
-    optimizer: Any,
-    epochs: int | None,
-    steps: int | None,
-    every: int | None,
-    microbatch: int | None,
-    key: Array | None,
-) -> None:
+def _check_run(optimizer: Any, counts: dict[str, Any], key: Array | None) -> None:
     if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
         raise ModelError(f"optimizer: takes an optax.GradientTransformation, got {told(optimizer)}")
+    epochs, steps = counts["epochs"], counts["steps"]
     if (epochs is None) == (steps is None):
         raise ValueError(f"takes epochs or steps, one of the two; got {epochs=}, {steps=}")
-    counts = {"epochs": epochs, "steps": steps, "every": every, "microbatch": microbatch}
     for name, value in counts.items():
         if value is not None:
             whole(name, value, 0 if name in ("epochs", "steps") else 1)

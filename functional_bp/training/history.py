@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from jax import Array
 
 Tree = Any
 
@@ -38,14 +37,14 @@ class History:
         weight = np.bincount(self.epoch, self.weight)
         return cost / np.where(weight == 0, 1, weight)
 
-    def with_steps(self, epoch: int, losses: Sequence[Array]) -> History:
-        """With further steps of an epoch; each has its loss and weight in one array."""
-        loss, weight = np.array([np.asarray(loss) for loss in losses], float).reshape(-1, 2).T
+    def with_steps(self, epoch: int, losses: Sequence[np.ndarray]) -> History:
+        """With further steps of an epoch; arrays ``(steps, 2)`` have their losses and weights."""
+        loss, weight = np.concatenate([np.zeros((0, 2)), *losses]).T
         return dataclasses.replace(
             self,
             loss=np.append(self.loss, loss),
             weight=np.append(self.weight, weight),
-            epoch=np.append(self.epoch, np.full(len(losses), epoch)),
+            epoch=np.append(self.epoch, np.full(len(loss), epoch)),
         )
 
     def with_evaluation(self, step: int, values: Mapping[str, float]) -> History:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax import Array
+from jax import Array, lax
 
 from ..checks import abstract
 from ..freezing import frozen_leaves, merged, trainable
@@ -151,16 +151,89 @@ def halves(setting: Setting) -> Halves:
     return Halves(gradient, update)
 
 
-@functools.lru_cache(maxsize=32)
-def advance(setting: Setting) -> Callable[..., tuple[State, Array]]:
-    """The compiled step: ``(state, rest, x, y, weights, key) -> (state, [loss, Σ w])``.
+class Programs:
+    """The compiled steps of a setting.
 
-    It is kept, so that a second run of the same model does not compile.
+    Attributes:
+      one: ``(state, rest, x, y, weights, key) -> (state, [loss, Σ w])``.
+      several: as ``several_steps`` gives it.
+      keeps_types: whether a step leaves the shapes and dtypes of the state as they are.
+      seconds: what the first call of a program took; most of it is to compile.
+      compiled: the forms of batches for which a program of several steps was compiled, and how
+        many.
     """
+
+    def __init__(self, setting: Setting) -> None:
+        step: Any = jax.jit(_step(setting))  # what both programs are made of; it is traced once
+        self.one = jax.jit(step, donate_argnums=0)
+        self.several = several_steps(step)
+        self.seconds = 0.0
+        self.compiled: set[tuple[Any, int]] = set()
+        self._step = step
+
+    def keeps_types(self, state: State, *args: Tree) -> bool:
+        after, _ = self._step.eval_shape(state, *args)
+        return _types(state) == _types(after)
+
+
+def _types(tree: Tree) -> tuple[Any, list[Any]]:
+    leaves, structure = jax.tree.flatten(tree)
+    return structure, [(leaf.shape, leaf.dtype) for leaf in leaves]
+
+
+@functools.lru_cache(maxsize=32)
+def programs(setting: Setting) -> Programs:
+    """They are kept, so that a second run of the same model does not compile."""
+    return Programs(setting)
+
+
+def several_steps(step: Any) -> Callable[..., tuple[State, Array]]:
+    """``(state, rest, count, x, y, weights, key, size) -> (state, [loss, Σ w] of each)``.
+
+    The arrays hold k batches of ``size`` examples, one after the other; the first ``count`` are
+    trained with. One program serves every count up to k. XLA does not know the count, so that it
+    cannot unroll the loop, and compiles its body for itself. The body is the same for every k, and
+    so are the bits of what it computes. Without the loop, other operations may be fused and the
+    last bit be another.
+    """
+
+    @functools.partial(jax.jit, donate_argnums=0, static_argnames="size")
+    def several(
+        state: State,
+        rest: Tree,
+        count: int,
+        x: Tree,
+        y: Tree,
+        weights: Array,
+        key: Array | None,
+        *,
+        size: int,
+    ) -> tuple[State, Array]:
+        batches = x, y, weights
+        if weights.shape[0] == size:  # of a slice that is the whole, XLA would make another body
+            batches = jax.tree.map(lambda leaf: jnp.concatenate([leaf, leaf[:1]]), batches)
+
+        def batch(i: Array) -> Tree:
+            return jax.tree.map(
+                lambda leaf: lax.dynamic_slice_in_dim(leaf, i * size, size), batches
+            )
+
+        def body(i: Array, carried: tuple[State, Array]) -> tuple[State, Array]:
+            state, losses = carried
+            state, loss = step(state, rest, *batch(i), key)
+            return state, lax.dynamic_update_index_in_dim(losses, loss, i, 0)
+
+        _, loss = step.eval_shape(state, rest, *batch(jnp.zeros((), int)), key)
+        losses = jnp.zeros((weights.shape[0] // size + 1, 2), loss.dtype)
+        return lax.fori_loop(0, count, body, (state, losses))
+
+    return several
+
+
+def _step(setting: Setting) -> Callable[..., tuple[State, Array]]:
     gradient_of, update = halves(setting)
 
-    @functools.partial(jax.jit, donate_argnums=0)
-    def advance(
+    def step(
         state: State, rest: Tree, x: Tree, y: Tree, weights: Array, key: Array | None
     ) -> tuple[State, Array]:
         params = state.params(rest)
@@ -171,7 +244,7 @@ def advance(setting: Setting) -> Callable[..., tuple[State, Array]]:
         state = State(trained, running, opt_state, state.step + 1)
         return state, jnp.stack([cost, weights.sum().astype(cost.dtype)])
 
-    return advance
+    return step
 
 
 def identity(
