@@ -307,16 +307,6 @@ def test_a_nan_is_found_in_an_endless_epoch():
         bp.fit(MODEL, LOSS, start(), batches, SGD, steps=10**9)
 
 
-@pytest.mark.parametrize("installed", [True, False])
-def test_a_progress_bar_shows_where_tqdm_is_installed(installed, capfd, monkeypatch):
-    if not installed:
-        monkeypatch.setitem(sys.modules, "tqdm.auto", None)
-    elif not pytest.importorskip("tqdm"):
-        return
-    bp.fit(MODEL, LOSS, start(), [data()] * 3, SGD, epochs=2, progress=True)
-    assert ("6/6" in capfd.readouterr().err) == installed
-
-
 def test_importing_the_package_imports_no_extra():
     code = (
         "import sys, functional_bp\n"

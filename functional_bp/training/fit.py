@@ -32,6 +32,7 @@ from .evaluation import Metric, Targets, check_metrics, evaluate
 from .history import Run
 from .interrupts import Interrupts
 from .loop import MOST_UNREAD, Training
+from .progress import Progress, is_watched
 from .steps import Setting, identity, programs
 
 Tree = Any
@@ -56,7 +57,7 @@ def fit(
     callbacks: Sequence[Callable[[Run], Any]] = (),
     every: int | None = None,
     stop_on_nan: bool = True,
-    progress: bool = False,
+    progress: bool | None = None,
     checkpoints: str | os.PathLike[str] | None = None,
     resume: bool = False,
 ) -> Run:
@@ -96,7 +97,9 @@ def fit(
         evaluates, calls the callbacks and writes a checkpoint. After the last step there is one.
       stop_on_nan: whether a loss that is not finite ends the run. It is found at the next look,
         or within 256 steps: no step waits for its loss.
-      progress: whether to show a progress bar, where tqdm is installed.
+      progress: whether to show epoch, steps, rate, time left, latest cost and latest evaluation on
+        stderr; None to do so where that is a terminal or a notebook. It is a bar of tqdm where
+        tqdm is installed, else a line for each epoch and every ten seconds.
       checkpoints: a folder for checkpoints (the extra ``checkpoint``). The two latest are kept. A
         process killed at any moment leaves the last complete one. After Ctrl-C the run writes a
         checkpoint of its last step, then raises ``KeyboardInterrupt``; a second Ctrl-C ends it at
@@ -134,7 +137,7 @@ def fit(
     model, loss = paired(model, loss)
     counts = {"epochs": epochs, "steps": steps, "every": every, "microbatch": microbatch}
     _check_run(optimizer, counts | {"steps_per_call": steps_per_call}, key)
-    flags = {"stop_on_nan": stop_on_nan, "progress": progress, "resume": resume}
+    flags = {"stop_on_nan": stop_on_nan, "progress": progress is None or progress, "resume": resume}
     _check_looks(loss, metrics, callbacks, checkpoints, flags)
     arrays_of("params", params)
     options: Any = {"method": method, "frozen": frozen, "microbatch": microbatch}
@@ -174,8 +177,8 @@ def fit(
             is_now = identity(setting, state, rest, key, padded)
             training.store = stack.enter_context(Checkpoints(checkpoints, is_now))
             training.begin(resume)
-        if progress:
-            training.bar = _progress_bar(stack, training, batches)
+        if is_watched() if progress is None else progress:
+            training.progress = stack.enter_context(Progress(training))
         training.train()
     return training.run
 
@@ -213,14 +216,3 @@ def _over(
     each_epoch(evaluation, epochs=2)  # it is needed at every look
     measure = evaluate(model, loss, metrics=metrics)
     return lambda params: measure(params, evaluation)
-
-
-def _progress_bar(stack: contextlib.ExitStack, training: Training, batches: Batches) -> Any:
-    try:
-        from tqdm.auto import tqdm
-    except ImportError:
-        return None
-    total = training.steps
-    if training.epochs is not None and isinstance(batches, Sized):
-        total = training.epochs * len(batches)
-    return stack.enter_context(tqdm(total=total, initial=training.step, unit="step"))

@@ -17,6 +17,7 @@ from .checkpoints import Checkpoints, Position
 from .evaluation import Targets
 from .history import UNTRAINED, History, Run
 from .interrupts import Interrupts
+from .progress import Progress
 
 Tree = Any
 
@@ -52,7 +53,7 @@ class Training:
     interrupts: Interrupts
     evaluate: Callable[[Tree], dict[str, float]] | None = None
     store: Checkpoints | None = None
-    bar: Any = None
+    progress: Progress | None = None
     epoch: int = 0
     batch: int = 0
     step: int = 0
@@ -82,13 +83,13 @@ class Training:
         return self.stopped or over or (self.steps is not None and self.step >= self.steps)
 
     @property
-    def left(self) -> int | None:
-        """How many steps are left, if that is known."""
+    def total(self) -> int | None:
+        """How many steps the run has, if that is known."""
         if self.steps is not None:
-            return self.steps - self.step
+            return self.steps
         if self.epochs is None or self.steps_per_epoch is None:
             return None
-        return (self.epochs - self.epoch) * self.steps_per_epoch - self.batch
+        return self.epochs * self.steps_per_epoch
 
     @property
     def room(self) -> int:
@@ -159,14 +160,15 @@ class Training:
         """With all batches that were gathered."""
         if not self.gathered:
             return
-        self.state, losses = self.calls.run(self.state, self.gathered, self.form, self.left)
+        left = None if self.total is None else self.total - self.step
+        self.state, losses = self.calls.run(self.state, self.gathered, self.form, left)
         done, self.gathered, self.steps_gathered = self.steps_gathered, [], 0
         self.unread += losses
         self.steps_unread += done
         self.step += done
         self.batch += done
-        if self.bar is not None:
-            self.bar.update(done)
+        if self.progress is not None:
+            self.progress.stepped()
         if self.at_look:
             self.look()
         elif self.steps_unread == MOST_UNREAD:
@@ -182,6 +184,8 @@ class Training:
         self.batch = 0
         if self.at_look:
             self.look()
+        elif self.progress is not None:
+            self.progress.looked()
 
     def read(self) -> None:
         """Brings the losses of the latest steps, all of one epoch, to the host."""
@@ -209,11 +213,11 @@ class Training:
             if self.evaluate is not None:
                 history = run.history.with_evaluation(self.step, self.evaluate(run.params))
                 run = dataclasses.replace(run, history=history)
-            if self.bar is not None:
-                self.bar.set_postfix(loss=f"{run.history.epoch_loss[-1]:.4g}")
             stopped = any([callback(run) is True for callback in self.callbacks])
         # Noted when it is over: who goes on with a run that was interrupted here looks again.
         self.history, self.stopped, self.looked = run.history, stopped, self.step
+        if self.progress is not None:
+            self.progress.looked()
         self.save()
 
     def save(self) -> None:
