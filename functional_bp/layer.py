@@ -97,6 +97,7 @@ class Layer:
       parts, rebuild: for a combinator, its layers and the function that makes it from others.
       mixes_examples: the output of one example depends on the others of its batch.
       holds_deltas: its backward holds all its δ at once, whatever is asked of it.
+      random: it draws from its key; with none it does something else. Not so its inference form.
       equations, doc: what ``help`` shows.
 
     Example:
@@ -119,6 +120,7 @@ class Layer:
     rebuild: Callable[..., Layer] | None = None
     mixes_examples: bool = False
     holds_deltas: bool = False
+    random: bool = False
     equations: Equations | tuple[str, str] | None = None
     doc: str = ""
 
@@ -130,7 +132,7 @@ class Layer:
             function(f"{self.name}: {what}", getattr(self, what), or_none=True)
         if self.in_inference is not None:
             a_layer(f"{self.name}: in_inference", self.in_inference)
-        for what in ("mixes_examples", "holds_deltas"):
+        for what in ("mixes_examples", "holds_deltas", "random"):
             flag(f"{self.name}: {what}", getattr(self, what))
         text(f"{self.name}: doc", self.doc)
         object.__setattr__(self, "equations", stated(f"{self.name}: equations", self.equations))
@@ -164,7 +166,11 @@ class Layer:
 
     @functools.cached_property
     def _inference(self) -> Layer:
-        return self.on_layers(lambda layer, _: layer.in_inference or layer)
+        def of_layer(layer: Layer, place: str) -> Layer:
+            layer = layer.in_inference or layer
+            return dataclasses.replace(layer, random=False) if layer.random else layer
+
+        return self.on_layers(of_layer)
 
     def on_layers(self, change: Callable[[Layer, str], Layer], place: str = "") -> Layer:
         """The model rebuilt bottom up, with ``change(layer, place)`` for each of its layers.

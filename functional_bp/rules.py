@@ -116,6 +116,7 @@ def rule(
         is_state=of_example.is_state if state else none_is_state,
         in_inference=inference,
         mixes_examples=mixes_examples,
+        random=random,
         equations=equations,
         doc=doc,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import warnings
 from collections.abc import Callable, Mapping, Sequence, Sized
 from typing import Any
 
@@ -77,7 +78,7 @@ def fit(
         ``optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))``.
       epochs, steps: how long to train; one of the two.
       key: for the noise of layers such as dropout: step i draws from ``fold_in(key, i)``. Without
-        a key there is no noise.
+        a key there is no noise, and a ``UserWarning`` if a layer of the model is random.
       method, frozen, microbatch: as in ``bp.value_and_grad``. The optimiser never meets a frozen
         parameter, so its weight decay does not either. A layer's state is renewed all the same: to
         keep running averages too, put ``layer.inference()`` in its place. With such layers there
@@ -89,7 +90,7 @@ def fit(
         arrays that lie on a device already or are split among devices, and if None, steps on
         anything but a CPU, by a program without a loop whose last bit may be another.
       evaluation: batches to evaluate at every look at the run.
-      metrics: what to evaluate besides the loss, as in ``bp.evaluate``.
+      metrics: what to evaluate besides the loss, as in ``bp.evaluate``; with ``evaluation`` only.
       callbacks: functions of the ``bp.Run`` so far, called at every look. Its arrays are good
         during the call alone: training uses their buffers again. One that returns True ends the
         run.
@@ -118,8 +119,8 @@ def fit(
     Raises:
       FloatingPointError: where a loss is not finite, with its step.
       KeyboardInterrupt: after Ctrl-C.
-      ModelError: where a batch does not fit the model, and where a checkpoint is of another run,
-        with the file and every difference.
+      ModelError: where a batch does not fit the model; for metrics without an evaluation; where a
+        checkpoint is of another run, with the file and every difference.
       OSError: where a checkpoint cannot be written, with its step and the latest complete one.
       ValueError: for an argument out of range; for an iterator that can be run through only once
         and more than one epoch; for a checkpoint that cannot be read; for a folder that has
@@ -140,6 +141,13 @@ def fit(
     flags = {"stop_on_nan": stop_on_nan, "progress": progress is None or progress, "resume": resume}
     _check_looks(loss, metrics, callbacks, checkpoints, flags)
     arrays_of("params", params)
+    if metrics and evaluation is None:
+        raise ModelError(
+            "metrics: takes them with evaluation=, the batches that they are of, got "
+            f"{', '.join(metrics)} and no evaluation"
+        )
+    if key is None:
+        _warn_of_noise(model)
     options: Any = {"method": method, "frozen": frozen, "microbatch": microbatch}
     setting = Setting.of(model, loss, params, optimizer, **options)
     state, rest = setting.begin(params)
@@ -205,6 +213,27 @@ def _check_looks(
         function("callbacks", callback)
     if checkpoints is not None:
         path_of("checkpoints", checkpoints)
+
+
+def _warn_of_noise(model: Layer) -> None:
+    """Says which layers would draw from a key."""
+    random: list[str] = []
+
+    def noted(layer: Layer, place: str) -> Layer:
+        if layer.random:
+            where = f"{model.name.partition('(')[0]}{place} " if place else ""
+            random.append(f"{where}{layer.name}")
+        return layer
+
+    model.on_layers(noted)
+    if random:
+        more = f" and {len(random) - 3} more" if len(random) > 3 else ""
+        warnings.warn(
+            f"key: without one, nothing is random in {', '.join(random[:3])}{more}; give "
+            "key=jax.random.key(0), or put layer.inference() in place of the layer",
+            UserWarning,
+            stacklevel=3,  # the caller of fit
+        )
 
 
 def _over(

@@ -13,7 +13,7 @@ import optax
 from jax import Array, lax
 
 from ..checks import abstract
-from ..freezing import frozen_leaves, merged, trainable
+from ..freezing import frozen_leaves, merged, trainable, warn_if_none
 from ..layer import Layer, renews
 from ..losses.definition import Loss
 from ..quantities.gradients import value_and_grad
@@ -70,6 +70,7 @@ class Setting(NamedTuple):
         frozen: Any,
         microbatch: int | None,
     ) -> Setting:
+        warn_if_none(params, frozen, 3)
         frozen = frozen_leaves(params, frozen)
         flags = (jax.tree.structure(frozen), tuple(jax.tree.leaves(frozen)))
         return cls(model, loss, optimizer, method, flags, microbatch)
