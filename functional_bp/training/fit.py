@@ -15,7 +15,9 @@ from ..checks import (
     ModelError,
     arrays_of,
     flag,
+    floating,
     function,
+    number,
     path_of,
     random_key,
     sequence,
@@ -53,6 +55,8 @@ def fit(
     frozen: Frozen = None,
     microbatch: int | None = None,
     steps_per_call: int | None = None,
+    compute_dtype: Any = None,
+    ema: float | None = None,
     evaluation: Batches | None = None,
     metrics: Mapping[str, Metric] | None = None,
     callbacks: Sequence[Callable[[Run], Any]] = (),
@@ -89,6 +93,14 @@ def fit(
         no batch is asked for before the call that it belongs to. One at a time go steps with
         arrays that lie on a device already or are split among devices, and if None, steps on
         anything but a CPU, by a program without a loop whose last bit may be another.
+      compute_dtype: the dtype, such as ``"bfloat16"``, in which the model goes forward and back.
+        Parameters and floating-point inputs are cast to it. Parameters, their gradients, the
+        optimiser, running averages, targets, the loss and evaluations stay as they are. (A loss
+        with parameters, and a cost, are cast like the model.) None for no cast.
+      ema: decay d, from 0 and below 1, of moving averages of the parameters after each step:
+        m ← d m + (1 − d) θ, and ``run.ema`` is m / (1 − dⁱ) after step i, as in ``optax.ema``.
+        Evaluations are then of these averages. State, such as running averages, is in them as it
+        is now, and frozen parameters in their places. None for no averages.
       evaluation: batches to evaluate at every look at the run.
       metrics: what to evaluate besides the loss, as in ``bp.evaluate``; with ``evaluation`` only.
       callbacks: functions of the ``bp.Run`` so far, called at every look. Its arrays are good
@@ -108,9 +120,10 @@ def fit(
       resume: whether to go on from the latest checkpoint in the folder, if it has one. Parameters,
         optimiser, noise and history become those of a run that never stopped, bit for bit, if
         ``batches`` gives each epoch the same batches again. Another model, loss, kind of optimiser,
-        key or choice of frozen parameters is refused. This includes functions that have the same
-        name but different code. Another learning rate or option of the optimiser, batch size, order
-        of the batches, method, microbatch or version of JAX is accepted with a ``UserWarning``.
+        key or choice of frozen parameters is refused, and averages if the run had none, or none if
+        it had. This includes functions that have the same name but different code. Another learning
+        rate or option of the optimiser, batch size, order of the batches, method, microbatch, decay
+        of the averages, ``compute_dtype`` or version of JAX is accepted with a ``UserWarning``.
         To compare, the first batch of the first epoch is asked for once more.
 
     Returns:
@@ -137,18 +150,14 @@ def fit(
     """
     model, loss = paired(model, loss)
     counts = {"epochs": epochs, "steps": steps, "every": every, "microbatch": microbatch}
-    _check_run(optimizer, counts | {"steps_per_call": steps_per_call}, key)
+    _check_run(optimizer, counts | {"steps_per_call": steps_per_call}, key, ema, compute_dtype)
     flags = {"stop_on_nan": stop_on_nan, "progress": progress is None or progress, "resume": resume}
-    _check_looks(loss, metrics, callbacks, checkpoints, flags)
+    _check_looks(loss, evaluation, metrics, callbacks, checkpoints, flags)
     arrays_of("params", params)
-    if metrics and evaluation is None:
-        raise ModelError(
-            "metrics: takes them with evaluation=, the batches that they are of, got "
-            f"{', '.join(metrics)} and no evaluation"
-        )
     if key is None:
         _warn_of_noise(model)
     options: Any = {"method": method, "frozen": frozen, "microbatch": microbatch}
+    options |= {"ema": ema, "compute_dtype": compute_dtype}
     setting = Setting.of(model, loss, params, optimizer, **options)
     state, rest = setting.begin(params)
     may_loop = on_one_device((state, rest), None if steps_per_call else "cpu")
@@ -162,6 +171,7 @@ def fit(
             in_loops=may_loop,
         ),
         split=setting.split,
+        averages=programs(setting).averages,
         source=each_epoch(batches, epochs),
         state=state,
         rest=rest,
@@ -191,7 +201,9 @@ def fit(
     return training.run
 
 
-def _check_run(optimizer: Any, counts: dict[str, Any], key: Array | None) -> None:
+def _check_run(
+    optimizer: Any, counts: dict[str, Any], key: Any, ema: Any, compute_dtype: Any
+) -> None:
     if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
         raise ModelError(f"optimizer: takes an optax.GradientTransformation, got {told(optimizer)}")
     epochs, steps = counts["epochs"], counts["steps"]
@@ -201,12 +213,26 @@ def _check_run(optimizer: Any, counts: dict[str, Any], key: Array | None) -> Non
         if value is not None:
             whole(name, value, 0 if name in ("epochs", "steps") else 1)
     random_key("key", key)
+    if ema is not None:
+        number("ema", ema, least=0, below=1)
+    if compute_dtype is not None:
+        floating("compute_dtype", compute_dtype)
 
 
 def _check_looks(
-    loss: Loss, metrics: Any, callbacks: Any, checkpoints: Any, flags: dict[str, Any]
+    loss: Loss,
+    evaluation: Any,
+    metrics: Any,
+    callbacks: Any,
+    checkpoints: Any,
+    flags: dict[str, Any],
 ) -> None:
     check_metrics(metrics, loss)
+    if metrics and evaluation is None:
+        raise ModelError(
+            "metrics: takes them with evaluation=, the batches that they are of, got "
+            f"{', '.join(metrics)} and no evaluation"
+        )
     for name, given in flags.items():
         flag(name, given)
     for callback in sequence("callbacks", callbacks):

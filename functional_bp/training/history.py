@@ -81,6 +81,8 @@ class Run:
       step: steps done.
       epoch: epochs completed.
       history: losses and evaluations so far.
+      ema: the parameters' moving averages, with frozen ones and state in their places; None where
+        the run keeps none.
     """
 
     params: Tree
@@ -88,3 +90,4 @@ class Run:
     step: int
     epoch: int
     history: History
+    ema: Tree = None

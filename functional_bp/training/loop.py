@@ -31,13 +31,15 @@ class Training:
 
     Attributes:
       calls: they make steps with the batches that are gathered.
-      split: ``(params, opt_state, step) -> (state, rest)``.
-      state: what steps change; has ``params(rest)``, ``opt_state`` and ``step``.
+      split: ``(params, opt_state, step, average) -> (state, rest)``.
+      averages: ``(state, rest) -> `` the averaged parameters.
+      state: what steps change; has ``params(rest)``, ``opt_state``, ``step`` and ``average``.
       steps_per_epoch: None if that is not known.
     """
 
     calls: Calls
     split: Callable[..., tuple[Any, Tree]]
+    averages: Callable[[Any, Tree], Tree]
     source: Callable[[int], Iterable[Batch]]
     state: Any
     rest: Tree
@@ -69,8 +71,9 @@ class Training:
 
     @property
     def run(self) -> Run:
-        params = self.state.params(self.rest)
-        return Run(params, self.state.opt_state, self.step, self.epoch, self.history)
+        params, state = self.state.params(self.rest), self.state
+        ema = None if state.average is None else self.averages(state, self.rest)
+        return Run(params, state.opt_state, self.step, self.epoch, self.history, ema)
 
     @property
     def at_look(self) -> bool:
@@ -211,7 +214,8 @@ class Training:
         with self.interrupts.allowed():
             run = self.run
             if self.evaluate is not None:
-                history = run.history.with_evaluation(self.step, self.evaluate(run.params))
+                values = self.evaluate(run.params if run.ema is None else run.ema)
+                history = run.history.with_evaluation(self.step, values)
                 run = dataclasses.replace(run, history=history)
             stopped = any([callback(run) is True for callback in self.callbacks])
         # Noted when it is over: who goes on with a run that was interrupted here looks again.
@@ -233,7 +237,9 @@ class Training:
     @property
     def kept(self) -> dict[str, Tree]:
         """The arrays that a checkpoint holds."""
-        return {"params": self.run.params, "opt_state": self.state.opt_state, "key": self.key}
+        params, state = self.state.params(self.rest), self.state
+        kept = {"params": params, "opt_state": state.opt_state, "key": self.key}
+        return kept if state.average is None else kept | {"ema": state.average}
 
     def begin(self, resume: bool) -> None:
         """Goes to where the latest checkpoint was written, if there is one."""
@@ -246,7 +252,9 @@ class Training:
                 "resume=True goes on from it, another folder begins anew"
             )
         kept, arrays, position = self.store.restore(self.kept)
-        self.state, self.rest = self.split(kept["params"], kept["opt_state"], position.step)
+        self.state, self.rest = self.split(
+            kept["params"], kept["opt_state"], position.step, kept.get("ema")
+        )
         self.step = self.saved = position.step
         self.looked = position.looked
         self.epoch, self.batch, self.stopped = position.epoch, position.batch, position.stopped

@@ -52,7 +52,10 @@ class Identity:
         for name, (refused, needs, says) in _FINGERPRINTS.items():
             ours, theirs = self.fingerprints.get(name), saved.fingerprints.get(name)
             known = None not in (ours, theirs)
-            alike = all(saved.settings.get(need) == self.settings.get(need) for need in needs)
+            alike = all(
+                saved.settings.get(need, "none") == self.settings.get(need, "none")
+                for need in needs
+            )
             if refused == forbidden and known and alike and ours != theirs:
                 yield f"  {says}"
 
@@ -62,13 +65,13 @@ _FINGERPRINTS = {
     # where it is another.
     "gradient": (
         True,
-        ("software", "method", "example"),
+        ("software", "method", "example", "compute_dtype"),
         "model and loss: of the same names and shapes, they compute something else; a function or "
         "a constant in them is another",
     ),
     "update": (
         False,
-        ("software",),
+        ("software", "compute_dtype"),
         "optimizer: its updates are others, by another learning rate, schedule or option",
     ),
     "hyperparameters": (

@@ -18,6 +18,7 @@ from ..layer import Layer, renews
 from ..losses.definition import Loss
 from ..quantities.gradients import value_and_grad
 from ..recursion import with_loss
+from .precision import in_dtype
 from .program import contents_of, program_of
 from .run_identity import Identity, described_run, described_settings, hyperparameters
 
@@ -32,12 +33,14 @@ class State(NamedTuple):
       running: the layers' state, such as running averages, None elsewhere.
       opt_state: the optimiser's state.
       step: steps done.
+      average: the moving average of ``trained``, as optax keeps it; None without.
     """
 
     trained: Tree
     running: Tree
     opt_state: Tree
     step: Array
+    average: optax.EmaState | None
 
     def params(self, rest: Tree) -> Tree:
         """All parameters, given those that are frozen."""
@@ -49,6 +52,8 @@ class Setting(NamedTuple):
 
     Attributes:
       frozen: a tree of bools as its structure and leaves.
+      ema: the decay of the parameters' moving average; None for none.
+      compute_dtype: the name of the dtype of both passes; None for the parameters' own.
     """
 
     model: Layer
@@ -57,6 +62,8 @@ class Setting(NamedTuple):
     method: str
     frozen: tuple[Any, tuple[bool, ...]]
     microbatch: int | None
+    ema: float | None
+    compute_dtype: str | None
 
     @classmethod
     def of(
@@ -69,11 +76,15 @@ class Setting(NamedTuple):
         method: str,
         frozen: Any,
         microbatch: int | None,
+        ema: float | None,
+        compute_dtype: Any,
     ) -> Setting:
         warn_if_none(params, frozen, 3)
         frozen = frozen_leaves(params, frozen)
         flags = (jax.tree.structure(frozen), tuple(jax.tree.leaves(frozen)))
-        return cls(model, loss, optimizer, method, flags, microbatch)
+        dtype = None if compute_dtype is None else jnp.dtype(compute_dtype).name
+        decay = None if ema is None else float(ema)
+        return cls(model, loss, optimizer, method, flags, microbatch, decay, dtype)
 
     def untrained(self, params: Tree) -> Tree:
         """True at parameters that are frozen or state."""
@@ -89,16 +100,34 @@ class Setting(NamedTuple):
     def begin(self, params: Tree) -> tuple[State, Tree]:
         """The state before the first step, in buffers of its own, and the frozen parameters."""
         params = _copied(params)
-        opt_state = _copied(self.optimizer.init(trainable(params, self.untrained(params))))
-        return self.split(params, opt_state, 0)
+        trained = trainable(params, self.untrained(params))
+        opt_state = _copied(self.optimizer.init(trained))
+        average = None if self.ema is None else self.averaging(trained).init(trained)
+        return self.split(params, opt_state, 0, average)
 
-    def split(self, params: Tree, opt_state: Tree, step: int) -> tuple[State, Tree]:
+    def split(self, params: Tree, opt_state: Tree, step: int, average: Any) -> tuple[State, Tree]:
         """The state of a run, and the parameters that are not in it."""
         untrained, is_state = self.untrained(params), self.is_state(params)
         running = trainable(params, jax.tree.map(operator.not_, is_state))
         in_state = jax.tree.map(lambda u, s: s or not u, untrained, is_state)
         rest = trainable(params, in_state)
-        return State(trainable(params, untrained), running, opt_state, jnp.asarray(step)), rest
+        trained = trainable(params, untrained)
+        return State(trained, running, opt_state, jnp.asarray(step), average), rest
+
+    def averaging(self, trained: Tree) -> optax.GradientTransformation:
+        """optax's moving average, in float32 at least: of bfloat16 it would stand still."""
+        dtype = jnp.result_type(jnp.float32, *jax.tree.leaves(trained))
+        return optax.ema(self.ema, debias=False, accumulator_dtype=dtype)
+
+    def averages(self, state: State, rest: Tree) -> Tree:
+        """The parameters, with the debiased average of those that are trained."""
+        average: Any = state.average
+        debiased = optax.tree.bias_correction(average.ema, self.ema, average.count)
+        begun = average.count > 0
+        averages = jax.tree.map(
+            lambda p, mean: jnp.where(begun, mean, p).astype(p.dtype), state.trained, debiased
+        )
+        return state._replace(trained=averages).params(rest)
 
 
 class Halves(NamedTuple):
@@ -115,9 +144,11 @@ class Halves(NamedTuple):
 
 def halves(setting: Setting) -> Halves:
     """The halves of a step; ``batch`` is a dict of x, y, weights and key."""
-    model, loss, optimizer, method, _, microbatch = setting
+    model, loss, optimizer = setting.model, setting.loss, setting.optimizer
+    if setting.compute_dtype is not None:
+        model, loss = in_dtype(model, loss, setting.compute_dtype)
     frozen, renew = setting.is_frozen, renews(model)
-    options: Any = {"method": method, "microbatch": microbatch, "renew": renew}
+    options: Any = {"method": setting.method, "microbatch": setting.microbatch, "renew": renew}
     of_batch = value_and_grad(model, loss, frozen=frozen, **options)
     differentiable = value_and_grad(model, loss, method="autodiff", frozen=frozen)
     optimizer = optax.with_extra_args_support(optimizer)
@@ -158,6 +189,7 @@ class Programs:
     Attributes:
       one: ``(state, rest, x, y, weights, key) -> (state, [loss, Σ w])``.
       several: as ``several_steps`` gives it.
+      averages: ``(state, rest) -> `` the averaged parameters.
       keeps_types: whether a step leaves the shapes and dtypes of the state as they are.
       seconds: what the first call of a program took; most of it is to compile.
       compiled: the forms of batches for which a program of several steps was compiled, and how
@@ -168,6 +200,7 @@ class Programs:
         step: Any = jax.jit(_step(setting))  # what both programs are made of; it is traced once
         self.one = jax.jit(step, donate_argnums=0)
         self.several = several_steps(step)
+        self.averages = jax.jit(setting.averages)
         self.seconds = 0.0
         self.compiled: set[tuple[Any, int]] = set()
         self._step = step
@@ -242,7 +275,11 @@ def _step(setting: Setting) -> Callable[..., tuple[State, Array]]:
         batch = {"x": x, "y": y, "weights": weights, "key": key}
         cost, running, gradient = gradient_of(params, batch)
         trained, opt_state = update(params, state.trained, state.opt_state, batch, cost, gradient)
-        state = State(trained, running, opt_state, state.step + 1)
+        average = state.average
+        if average is not None:
+            averaging = setting.averaging(trained)
+            _, average = averaging.update(optax.tree.cast_like(trained, average.ema), average)
+        state = State(trained, running, opt_state, state.step + 1, average)
         return state, jnp.stack([cost, weights.sum().astype(cost.dtype)])
 
     return step
@@ -262,7 +299,13 @@ def identity(
     model, params = setting.model, state.params(rest)
     kept = {"params": params, "opt_state": state.opt_state, "key": key}
     run = described_run(model, setting.loss, kept, rest)
-    settings = {"method": setting.method, "microbatch": str(setting.microbatch or "none")}
+    run["ema"] = "none" if setting.ema is None else "averages of the parameters"
+    settings = {
+        "method": setting.method,
+        "microbatch": str(setting.microbatch or "none"),
+        "ema decay": "none" if setting.ema is None else str(setting.ema),
+        "compute_dtype": setting.compute_dtype or "none",
+    }
     fingerprints = {"hyperparameters": hyperparameters(state.opt_state)}
     if first is None:
         return Identity(run, settings, fingerprints)
