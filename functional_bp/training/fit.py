@@ -36,6 +36,7 @@ from .history import Run
 from .interrupts import Interrupts
 from .loop import MOST_UNREAD, Training
 from .progress import Progress, is_watched
+from .run_identity import kinds_of
 from .steps import Setting, identity, programs
 
 Tree = Any
@@ -79,7 +80,11 @@ def fit(
         What layers keep as state, such as running averages, is renewed with each batch.
         (Batch norm takes no batch of a single number for each feature: see to the last one.)
       optimizer: any ``optax.GradientTransformation``. Schedules and clipping are optax's:
-        ``optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))``.
+        ``optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))``. It is given what
+        some ask for besides: the cost, the function, gradients elsewhere. ``optax.lookahead``
+        begins with equal parameters; the slow ones are ``run.opt_state.slow``. What
+        ``optax.contrib.schedule_free`` has learnt is
+        ``optax.contrib.schedule_free_eval_params(run.opt_state, run.params)``.
       epochs, steps: how long to train; one of the two.
       key: for the noise of layers such as dropout: step i draws from ``fold_in(key, i)``. Without
         a key there is no noise, and a ``UserWarning`` if a layer of the model is random.
@@ -132,7 +137,8 @@ def fit(
     Raises:
       FloatingPointError: where a loss is not finite, with its step.
       KeyboardInterrupt: after Ctrl-C.
-      ModelError: where a batch does not fit the model; for metrics without an evaluation; where a
+      ModelError: where a batch does not fit the model; for an optimiser that takes gradients of
+        single examples, and ``lookahead`` or ``sam`` inside of another; for metrics without an evaluation; where a
         checkpoint is of another run, with the file and every difference.
       OSError: where a checkpoint cannot be written, with its step and the latest complete one.
       ValueError: for an argument out of range; for an iterator that can be run through only once
@@ -160,6 +166,14 @@ def fit(
     options |= {"ema": ema, "compute_dtype": compute_dtype}
     setting = Setting.of(model, loss, params, optimizer, **options)
     state, rest = setting.begin(params)
+    if evaluation is not None and "ScheduleFreeState" in kinds_of(state.opt_state):
+        warnings.warn(
+            "evaluation: is of run.params; what optax.contrib.schedule_free has learnt is "
+            "optax.contrib.schedule_free_eval_params(run.opt_state, run.params), which a callback "
+            "can evaluate by bp.evaluate",
+            UserWarning,
+            stacklevel=2,
+        )
     may_loop = on_one_device((state, rest), None if steps_per_call else "cpu")
     training = Training(
         calls=Calls(

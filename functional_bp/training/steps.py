@@ -18,6 +18,7 @@ from ..layer import Layer, renews
 from ..losses.definition import Loss
 from ..quantities.gradients import value_and_grad
 from ..recursion import with_loss
+from .optimizers import check_served, served
 from .precision import in_dtype
 from .program import contents_of, program_of
 from .run_identity import Identity, described_run, described_settings, hyperparameters
@@ -101,7 +102,8 @@ class Setting(NamedTuple):
         """The state before the first step, in buffers of its own, and the frozen parameters."""
         params = _copied(params)
         trained = trainable(params, self.untrained(params))
-        opt_state = _copied(self.optimizer.init(trained))
+        opt_state = _copied(served(self.optimizer).init(trained))
+        check_served(self.optimizer, opt_state)
         average = None if self.ema is None else self.averaging(trained).init(trained)
         return self.split(params, opt_state, 0, average)
 
@@ -151,9 +153,9 @@ def halves(setting: Setting) -> Halves:
     options: Any = {"method": setting.method, "microbatch": setting.microbatch, "renew": renew}
     of_batch = value_and_grad(model, loss, frozen=frozen, **options)
     differentiable = value_and_grad(model, loss, method="autodiff", frozen=frozen)
-    optimizer = optax.with_extra_args_support(optimizer)
+    optimizer = served(optimizer)
 
-    def gradient(params: Tree, batch: Tree) -> tuple[Array, Tree, Tree]:
+    def gradient_of(params: Tree, batch: Tree) -> tuple[Array, Tree, Tree]:
         value, gradient = of_batch(params, **batch)
         cost, params = value if renew else (value, params)
         not_state = jax.tree.map(operator.not_, setting.is_state(params))
@@ -169,18 +171,23 @@ def halves(setting: Setting) -> Halves:
             weights: Array = batch["weights"],
             key: Any = batch["key"],
             untrained: Tree = params,
+            obj_fn: Any = None,  # line searches pass on whatever there is
+            grad_fn: Any = None,
         ) -> Array:
             params = merged(trained, untrained)
             return differentiable(params, x, y, weights=weights, key=key)[0]
 
-        # What some optimisers ask for besides: plateaus the cost, line searches the function,
-        # curvature the batch and all parameters.
+        def grad_fn(trained: Tree, step: Any = None) -> Tree:
+            return gradient_of(merged(trained, params), batch)[2]
+
+        # What some optimisers ask for besides: plateaus the cost, line searches and estimates of
+        # the Hessian the function, sharpness its gradient, curvature the batch and all parameters.
         extra = {**batch, "value": cost, "grad": gradient, "value_fn": value_fn}
-        extra["untrained"] = params
+        extra |= {"obj_fn": value_fn, "grad_fn": grad_fn, "untrained": params}
         updates, opt_state = optimizer.update(gradient, opt_state, trained, **extra)
         return optax.apply_updates(trained, updates), opt_state
 
-    return Halves(gradient, update)
+    return Halves(gradient_of, update)
 
 
 class Programs:
