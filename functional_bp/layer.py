@@ -26,6 +26,7 @@ from .docstrings import Equations, composed, stated
 from .meshes import by_examples, on_mesh
 
 Tree = Any
+_SHOWN = 300  # characters of a model's name that repr shows
 
 
 @contextlib.contextmanager
@@ -188,7 +189,11 @@ class Layer:
         )
 
     def __repr__(self) -> str:
-        return self.name
+        """The name; of a deep model, its beginning and end."""
+        if len(self.name) <= _SHOWN:
+            return self.name
+        begin, end = self.name[: _SHOWN - 60], self.name[-50:]
+        return f"{begin.rpartition(', ')[0] or begin}, …, {end.partition(', ')[2] or end}"
 
 
 def a_layer(what: str, value: Any) -> Layer:

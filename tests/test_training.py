@@ -490,3 +490,28 @@ def test_a_predicate_that_freezes_nothing_is_said_with_the_paths():
         assert len(said) == 1
     tried(MODEL, frozen=lambda path: path[0] == 0)
     tried(MODEL, frozen=False)
+
+
+def test_a_run_says_what_matters_on_a_line():
+    x, y = data(20)
+    batches = bp.minibatches(x, y, 8, seed=0)
+    assert repr(batches) == "minibatches(20 examples, 3 × 8 an epoch, shuffled with seed 0)"
+    assert repr(bp.minibatches(x, y, 8)).endswith("3 × 8 an epoch, in order)")
+    run = bp.fit(
+        MODEL, LOSS, start(), batches, SGD, epochs=2, evaluation=[(x, y)], metrics=ACCURACY
+    )
+    evaluated = ", ".join(f"{k} {v[-1]:.4g}" for k, v in run.history.evaluation.items())
+    told = f"6 steps, last cost {run.history.loss[-1]:.4g}; evaluated after 6: {evaluated}"
+    assert repr(run.history) == f"History({told})"
+    assert repr(run) == f"Run(2 epochs, {told}; 75 parameters)"
+    none = bp.fit(MODEL, LOSS, start(), batches, SGD, steps=0)
+    assert repr(none) == "Run(0 epochs, 0 steps; 75 parameters)"
+
+
+def test_a_deep_model_is_shown_by_its_two_ends():
+    deep = bp.chain(*[bp.dense(512), bp.relu] * 60, bp.dense(10))
+    assert len(repr(deep)) <= 300 < len(deep.name)
+    assert repr(deep).startswith("chain(dense(512), relu, dense(512), ")
+    assert repr(deep).endswith(", …, dense(512), relu, dense(512), relu, dense(10))")
+    assert repr(MODEL) == MODEL.name
+    assert len(repr(bp.residual(deep))) <= 300

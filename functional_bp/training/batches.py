@@ -39,6 +39,12 @@ class Minibatches:
     def __len__(self) -> int:
         return -(-self.count // self.size)
 
+    def __repr__(self) -> str:
+        order = "in order" if self.seed is None else f"shuffled with seed {self.seed}"
+        return (
+            f"minibatches({self.count:,} examples, {len(self):,} × {self.size} an epoch, {order})"
+        )
+
     def __call__(self, epoch: int) -> Iterator[Batch]:
         if self.seed is None:
             return Epoch(self.examples, np.arange(self.count), self.size)

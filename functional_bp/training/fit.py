@@ -138,8 +138,8 @@ def fit(
       FloatingPointError: where a loss is not finite, with its step.
       KeyboardInterrupt: after Ctrl-C.
       ModelError: where a batch does not fit the model; for an optimiser that takes gradients of
-        single examples, and ``lookahead`` or ``sam`` inside of another; for metrics without an evaluation; where a
-        checkpoint is of another run, with the file and every difference.
+        single examples, and ``lookahead`` or ``sam`` inside of another; for metrics without an
+        evaluation; where a checkpoint is of another run, with the file and every difference.
       OSError: where a checkpoint cannot be written, with its step and the latest complete one.
       ValueError: for an argument out of range; for an iterator that can be run through only once
         and more than one epoch; for a checkpoint that cannot be read; for a folder that has

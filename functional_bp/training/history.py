@@ -7,12 +7,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 import numpy as np
 
 Tree = Any
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class History:
     """What a run recorded, as NumPy arrays.
 
@@ -29,6 +30,21 @@ class History:
     epoch: np.ndarray
     evaluated: np.ndarray
     evaluation: dict[str, np.ndarray]
+
+    def __repr__(self) -> str:
+        return f"History({self.told()})"
+
+    def told(self) -> str:
+        """In a line: how many steps there were, the last cost and the last evaluation."""
+        steps = len(self.loss)
+        told = f"{steps:,} step{'s' * (steps != 1)}"
+        if steps:
+            told += f", last cost {self.loss[-1]:.4g}"
+        if len(self.evaluated):
+            told += f"; evaluated after {self.evaluated[-1]:,}: " + ", ".join(
+                f"{name} {values[-1]:.4g}" for name, values in self.evaluation.items()
+            )
+        return told
 
     @property
     def epoch_loss(self) -> np.ndarray:
@@ -71,7 +87,7 @@ class History:
 UNTRAINED = History(np.zeros(0), np.zeros(0), np.zeros(0, int), np.zeros(0, int), {})
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Run:
     """A training run as far as it has come: what ``bp.fit`` returns and gives to callbacks.
 
@@ -91,3 +107,8 @@ class Run:
     epoch: int
     history: History
     ema: Tree = None
+
+    def __repr__(self) -> str:
+        count = sum(leaf.size for leaf in jax.tree.leaves(self.params))
+        epochs = f"{self.epoch:,} epoch{'s' * (self.epoch != 1)}"
+        return f"Run({epochs}, {self.history.told()}; {count:,} parameters)"
