@@ -164,9 +164,11 @@ class Form:
 
     Attributes:
       told: their tree, shapes and dtypes.
+      bytes: the size of one.
     """
 
     told: Any
+    bytes: int
 
 
 class Padded:
@@ -240,7 +242,7 @@ class Padded:
         if any(isinstance(leaf, jax.Array) for leaf in leaves):
             return None
         told = tree, tuple((leaf.shape, leaf.dtype) for leaf in leaves)
-        return self._forms.setdefault(told, Form(told))
+        return self._forms.setdefault(told, Form(told, sum(leaf.nbytes for leaf in leaves)))
 
 
 def _array(leaf: Any) -> Array | np.ndarray:

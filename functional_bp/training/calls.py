@@ -20,11 +20,11 @@ from .batches import Form
 from .steps import Programs, State
 
 Tree = Any
-_COST = 25e-6  # seconds that a call costs the host beside its steps, about
-_LONGEST = 2e-3  # seconds of a call: where two steps take longer, there is little to gain
 _MOST = 32  # steps in a call
-_BYTES = 2**23  # of the batches in a call
-_TIMED = 8  # steps that are waited for, to see how long one takes
+_BYTES = 2**20  # of the batches in a call
+_LEAST = 4  # steps: with room for fewer, it is one
+_LONGEST = 0.05  # seconds of a call: so long may Ctrl-C wait
+_TIMED = 3  # steps that are waited for, to see how long one takes
 
 
 class Gathered(NamedTuple):
@@ -54,7 +54,7 @@ class Calls:
     """The calls of a run.
 
     Attributes:
-      given: how many steps to a call; None to find out.
+      given: how many steps to a call; None to choose.
       bound: the most that may go into a call.
       in_loops: whether several may, where batches lie on the host.
       steady: forms of which several do: their steps are known to leave the state's types as they
@@ -68,29 +68,32 @@ class Calls:
     bound: int
     in_loops: bool
     steady: set[Form] = field(default_factory=set)
-    done: int = 0
-    _sizes: dict[Form, int] = field(default_factory=dict)
-    _times: dict[Form, list[float]] = field(default_factory=dict)
-    _worth: dict[Form, int] = field(default_factory=dict)
     _ones: dict[int, Array] = field(default_factory=dict)
     _counts: dict[int, Array] = field(default_factory=dict)
+    _times: dict[Form, list[float]] = field(default_factory=dict)
     _last: float = 0.0
 
     def size(self, form: Form | None) -> int:
-        """How many steps with batches of a form go into a call."""
+        """For how many steps with batches of a form the program is. It does not hang on time, and
+        so is the same in every run."""
         if form is None or not self.in_loops:
             return 1
-        return self._sizes.get(form, 1) if self.given is None else min(self.given, self.bound)
+        if self.given is not None:
+            return min(self.given, self.bound)
+        fitting = min(_BYTES // max(form.bytes, 1), _MOST)
+        return min(fitting if fitting >= _LEAST else 1, self.bound)
+
+    def most(self, form: Form | None) -> int:
+        """How many steps with batches of a form go into a call now."""
+        if form is None or self.given is not None:
+            return self.size(form)
+        return min(self.size(form), self.programs.quick.get(form.told, 1))
 
     def run(
-        self, state: State, batches: list[Gathered], form: Form | None, left: int | None
+        self, state: State, batches: list[Gathered], form: Form | None
     ) -> tuple[State, list[Losses]]:
-        """The state after a step with each batch, and the losses.
-
-        Args:
-          batches: as many as ``size(form)``, or fewer.
-          left: how many steps are left, with these; None if that is not known.
-        """
+        """The state after a step with each batch, of which there are ``most(form)`` or fewer, and
+        the losses."""
         losses: list[Losses] = []
         while batches and not self._loops(state, batches[0], form):
             first, *batches = batches
@@ -100,7 +103,6 @@ class Calls:
             losses.append((loss, 1))
         if not batches:
             return state, losses
-        begin = time.perf_counter()
         count, size = sum(batch.steps for batch in batches), self.size(form)
         if count not in self._counts:  # kept on the device: to bring it there takes as long as
             self._counts[count] = jnp.asarray(count)  # all that Python does here
@@ -109,9 +111,8 @@ class Calls:
         state, loss = self.programs.several(
             state, self.rest, self._counts[count], x, y, weights, self.key, size=examples
         )
-        self.done += count
-        if self.given is None and size == 1 and form is not None:
-            self._choose(form, begin, loss, (x, y), left)
+        if form is not None and form.told not in self.programs.quick:
+            self._time(form, loss)
         return state, [*losses, (loss, count)]
 
     def _loops(self, state: State, batch: Gathered, form: Form | None) -> bool:
@@ -142,35 +143,18 @@ class Calls:
             self._ones[rows] = jnp.ones(rows, jnp.result_type(float))
         return self._ones[rows]
 
-    def _choose(self, form: Form, begin: float, loss: Array, xy: Tree, left: int | None) -> None:
-        """Several to a call, where that saves more than it costs to compile for them."""
-        if form not in self._worth:
-            self._time(form, begin, loss, xy)
-            return
-        size = self._worth[form]
-        saved = _COST * max(self.done, left or 0)
-        compiled = self.programs.compiled
-        if size > 1 and ((form.told, size) in compiled or saved > self.programs.seconds):
-            self._sizes[form] = size
-            compiled.add((form.told, size))
-
-    def _time(self, form: Form, begin: float, loss: Array, xy: Tree) -> None:
-        """Waits for a step, to know how long one takes, and how many to a call are worth it."""
+    def _time(self, form: Form, loss: Array) -> None:
+        """Waits for a step, to know how many are done in the time of a call."""
         loss.block_until_ready()
         now = time.perf_counter()
-        times = self._times.setdefault(form, [])
-        if times:
-            times.append(now - self._last)
+        if form in self._times:
+            self._times[form].append(now - self._last)
         else:  # it was compiled
-            times.append(now - begin)
-            self.programs.seconds = max(self.programs.seconds, now - begin)
+            self._times[form] = []
         self._last = now
-        if len(times) > _TIMED:
-            size = sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(xy))
-            step = statistics.median(times[1:])
-            most = min(_LONGEST / step, _BYTES / size, _MOST, self.bound)
-            # A power of two, so that another run of the model finds its program compiled.
-            self._worth[form] = 2 ** int(np.log2(max(most, 1)))
+        if len(self._times[form]) == _TIMED:
+            step = statistics.median(self._times[form])
+            self.programs.quick[form.told] = max(1, int(_LONGEST / step))
 
 
 def _weights(batch: Gathered) -> Array | np.ndarray:

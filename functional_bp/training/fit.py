@@ -92,12 +92,13 @@ def fit(
         parameter, so its weight decay does not either. A layer's state is renewed all the same: to
         keep running averages too, put ``layer.inference()`` in its place. With such layers there
         are no microbatches.
-      steps_per_call: how many steps go into one call of the compiled program; None to choose by how
-        long a step takes. A call costs the host some 25 µs, which is more than a small network's
-        step. The run is the same, bit for bit, whatever the number. No call goes past a look, and
-        no batch is asked for before the call that it belongs to. One at a time go steps with
-        arrays that lie on a device already or are split among devices, and if None, steps on
-        anything but a CPU, by a program without a loop whose last bit may be another.
+      steps_per_call: how many steps go into one call of the compiled program at most; None for as
+        many as 1 MiB of batches holds, up to 32, and 0.05 s are enough for. A call costs the host
+        some tens of microseconds, which is more than a small network's step. The run is the same,
+        bit for bit, whatever the number. No call goes past a look, and no batch is asked for that
+        is not trained with. One at a time go steps with arrays that lie on a device already or are
+        split among devices, and if None, all steps that are not on a CPU; their program has no loop
+        in it, and its last bit may be another.
       compute_dtype: the dtype, such as ``"bfloat16"``, in which the model goes forward and back.
         Parameters and floating-point inputs are cast to it. Parameters, their gradients, the
         optimiser, running averages, targets, the loss and evaluations stay as they are. (A loss

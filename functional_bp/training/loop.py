@@ -98,7 +98,7 @@ class Training:
     def room(self) -> int:
         """How many steps the next call may have: none passes a look, and no batch is asked for
         that is not trained with."""
-        room = min(self.calls.size(self.form), MOST_UNREAD - self.steps_unread)
+        room = min(self.calls.most(self.form), MOST_UNREAD - self.steps_unread)
         if self.steps is not None:
             room = min(room, self.steps - self.step)
         if self.every is not None:
@@ -163,8 +163,7 @@ class Training:
         """With all batches that were gathered."""
         if not self.gathered:
             return
-        left = None if self.total is None else self.total - self.step
-        self.state, losses = self.calls.run(self.state, self.gathered, self.form, left)
+        self.state, losses = self.calls.run(self.state, self.gathered, self.form)
         done, self.gathered, self.steps_gathered = self.steps_gathered, [], 0
         self.unread += losses
         self.steps_unread += done
