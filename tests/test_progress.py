@@ -116,5 +116,5 @@ def test_it_is_shown_ten_times_a_second_at_most(capfd, without_tqdm, monkeypatch
             now[0] += 0.01
             yield X, Y
 
-    fit(batches, steps=100, progress=True)
+    fit(batches, steps=100, steps_per_call=1, progress=True)
     assert 9 <= len(drawn) <= 11
