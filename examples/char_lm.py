@@ -117,6 +117,7 @@ def learn(
         callbacks=[report],
         checkpoints=checkpoints(given),
         resume=given.resume,
+        progress=False,  # it would run into what is printed here
     )
 
 

@@ -97,6 +97,7 @@ def learn(train: Examples, held_out: Examples, options: argparse.Namespace) -> t
         callbacks=[report],
         checkpoints=checkpoints,
         resume=options.resume,
+        progress=False,  # it would run into what is printed here
     )
     return run, max(differences)
 

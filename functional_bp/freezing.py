@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -53,11 +54,30 @@ def frozen_leaves(params: Tree, frozen: Frozen) -> Tree:
         ) from None
 
 
+def warn_if_none(params: Tree, frozen: Frozen, stacklevel: int) -> None:
+    """Says so where a predicate freezes nothing.
+
+    Args:
+      stacklevel: of the caller's caller this is 2, as in ``warnings.warn``.
+    """
+    if not _is_predicate(frozen) or any(jax.tree.leaves(frozen_leaves(params, frozen))):
+        return
+    paths = [tuple(map(_plain_key, path)) for path, _ in jax.tree.leaves_with_path(params)]
+    if paths:
+        shown = ", ".join(map(repr, paths[:2])) + (", …" if len(paths) > 2 else "")
+        warnings.warn(
+            f"frozen: the predicate freezes none of the parameters, whose paths are {shown}",
+            UserWarning,
+            stacklevel=stacklevel + 1,
+        )
+
+
 def trainable(params: Tree, frozen: Frozen) -> Tree:
     """``params`` with None at each frozen parameter: what an optimiser should see.
 
     Raises:
-      ModelError: where ``frozen`` does not fit the parameters.
+      ModelError: where ``frozen`` does not fit the parameters. A predicate that freezes nothing is
+        said by a ``UserWarning``.
 
     Example:
       >>> params = {"weight": jnp.ones((1, 1)), "bias": jnp.zeros(1)}
@@ -65,6 +85,7 @@ def trainable(params: Tree, frozen: Frozen) -> Tree:
       True
     """
     arrays_of("params", params)
+    warn_if_none(params, frozen, 2)
     return jax.tree.map(lambda flag, p: None if flag else p, frozen_leaves(params, frozen), params)
 
 

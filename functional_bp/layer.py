@@ -27,6 +27,7 @@ from .meshes import by_examples, on_mesh
 from .values import Value
 
 Tree = Any
+_SHOWN = 300  # characters of a model's name that repr shows
 
 
 @contextlib.contextmanager
@@ -100,6 +101,7 @@ class Layer(Value):
       mixes_examples: the output of one example depends on the others of its batch.
       elementwise: each number of its output depends on that of its input at its place alone.
       holds_deltas: its backward holds all its δ at once, whatever is asked of it.
+      random: it draws from its key; with none it does something else. Not so its inference form.
       equations, doc: what ``help`` shows.
 
     Example:
@@ -124,6 +126,7 @@ class Layer(Value):
     mixes_examples: bool = False
     elementwise: bool = False
     holds_deltas: bool = False
+    random: bool = False
     equations: Equations | tuple[str, str] | None = None
     doc: str = ""
 
@@ -135,7 +138,7 @@ class Layer(Value):
             function(f"{self.name}: {what}", getattr(self, what), or_none=True)
         if self.in_inference is not None:
             a_layer(f"{self.name}: in_inference", self.in_inference)
-        for what in ("mixes_examples", "elementwise", "holds_deltas"):
+        for what in ("mixes_examples", "elementwise", "holds_deltas", "random"):
             flag(f"{self.name}: {what}", getattr(self, what))
         text(f"{self.name}: doc", self.doc)
         object.__setattr__(self, "equations", stated(f"{self.name}: equations", self.equations))
@@ -175,7 +178,11 @@ class Layer(Value):
 
     @functools.cached_property
     def _inference(self) -> Layer:
-        return self.on_layers(lambda layer, _: layer.in_inference or layer)
+        def of_layer(layer: Layer, place: str) -> Layer:
+            layer = layer.in_inference or layer
+            return dataclasses.replace(layer, random=False) if layer.random else layer
+
+        return self.on_layers(of_layer)
 
     def on_layers(self, change: Callable[[Layer, str], Layer], place: str = "") -> Layer:
         """The model rebuilt bottom up, with ``change(layer, place)`` for each of its layers.
@@ -193,7 +200,11 @@ class Layer(Value):
         )
 
     def __repr__(self) -> str:
-        return self.name
+        """The name; of a deep model, its beginning and end."""
+        if len(self.name) <= _SHOWN:
+            return self.name
+        begin, end = self.name[: _SHOWN - 60], self.name[-50:]
+        return f"{begin.rpartition(', ')[0] or begin}, …, {end.partition(', ')[2] or end}"
 
 
 def a_layer(what: str, value: Any) -> Layer:

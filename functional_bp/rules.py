@@ -125,6 +125,7 @@ def rule(
         in_inference=inference,
         mixes_examples=mixes_examples,
         elementwise=elementwise,
+        random=random,
         equations=equations,
         doc=doc,
     )

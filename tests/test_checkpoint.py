@@ -46,8 +46,11 @@ def fit(folder, steps=None, model=MODEL, loss=LOSS, optimizer=ADAM, batches=BATC
         "checkpoints": folder,
         "resume": True,
     }
+    settings |= given
+    if settings["evaluation"] is None:
+        settings["metrics"] = None
     params = jax.jit(model.init)(jax.random.key(0), X[0])
-    return bp.fit(model, loss, params, batches, optimizer, **settings | given)
+    return bp.fit(model, loss, params, batches, optimizer, **settings)
 
 
 def assert_same(a, b):

@@ -276,9 +276,11 @@ def test_apply_gives_the_outputs_of_the_inference_form_and_draws_with_a_key():
 
 
 def test_inference_of_a_model_without_state_is_the_model():
-    block = bp.chain(bp.dense(3), bp.dropout(0.5), bp.layer_norm())
+    block = bp.chain(bp.dense(3), bp.tanh, bp.layer_norm())
     for model in (block, bp.repeat(block, 2), bp.residual(block), bp.tied(block, {}), bp.dense(2)):
         assert model.inference() is model
+    dropout = bp.dropout(0.5)  # but for that it is random no more
+    assert vars(dropout.inference()).items() - {("random", False)} <= vars(dropout).items()
 
 
 @exactly

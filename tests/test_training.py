@@ -5,6 +5,7 @@ import functools
 import itertools
 import subprocess
 import sys
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -165,6 +166,7 @@ def test_tied_parameters_train():
     assert run.history.loss[-1] < run.history.loss[0]
 
 
+@pytest.mark.filterwarnings("ignore:key. without one:UserWarning")
 def test_noise_comes_from_the_key():
     model = bp.chain(bp.dense(8), bp.dropout(0.5), bp.dense(3))
 
@@ -307,16 +309,6 @@ def test_a_nan_is_found_in_an_endless_epoch():
         bp.fit(MODEL, LOSS, start(), batches, SGD, steps=10**9)
 
 
-@pytest.mark.parametrize("installed", [True, False])
-def test_a_progress_bar_shows_where_tqdm_is_installed(installed, capfd, monkeypatch):
-    if not installed:
-        monkeypatch.setitem(sys.modules, "tqdm.auto", None)
-    elif not pytest.importorskip("tqdm"):
-        return
-    bp.fit(MODEL, LOSS, start(), [data()] * 3, SGD, epochs=2, progress=True)
-    assert ("6/6" in capfd.readouterr().err) == installed
-
-
 def test_importing_the_package_imports_no_extra():
     code = (
         "import sys, functional_bp\n"
@@ -415,3 +407,111 @@ def test_minibatches_take_examples_with_their_targets():
             bp.minibatches(np.zeros(10), np.zeros(10), size)
     with pytest.raises(bp.ModelError, match="seed: takes a whole number from 0, got -1"):
         bp.minibatches(np.zeros(10), np.zeros(10), 4, seed=-1)
+
+
+def tried(model, **given):
+    """A step, with every warning an error."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        return bp.fit(model, LOSS, start(model), [data()], SGD, **{"steps": 1} | given)
+
+
+NOISY = bp.chain(bp.dense(8), bp.residual(bp.chain(bp.dropout(0.5), bp.dense(8))), bp.dense(3))
+TRACED = bp.from_function(
+    lambda params, x, key=None: params["w"] @ x,
+    init=lambda key, x: {"w": jnp.zeros((3, *x.shape))},
+    name="traced",
+)
+
+
+@pytest.mark.parametrize(
+    ("model", "named"),
+    [
+        (NOISY, r"nothing is random in chain\[1\]\[0\]\[0\] dropout\(0.5\); give key=jax.random"),
+        (TRACED, "nothing is random in traced; give key="),
+        (bp.chain(bp.dropout(0.1), bp.dense(3)), r"in chain\[0\] dropout\(0.1\);"),
+        (bp.chain(*[bp.dropout(0.1)] * 5, bp.dense(3)), r"chain\[2\] dropout\(0.1\) and 2 more;"),
+    ],
+)
+def test_a_random_layer_without_a_key_is_named(model, named):
+    with pytest.warns(UserWarning, match=named) as said:
+        bp.fit(model, LOSS, start(model), [data()], SGD, steps=1)
+    assert len(said) == 1 and said[0].filename == __file__
+    tried(model, key=jax.random.key(0))
+
+
+def test_a_layer_in_its_inference_form_wants_no_key():
+    tried(bp.chain(bp.dense(8), bp.dropout(0.5).inference(), bp.dense(3)))
+    tried(NOISY.inference())
+    tried(MODEL)
+
+
+def test_a_module_of_a_library_is_random_where_it_drops():
+    eqx = pytest.importorskip("equinox")
+    nn = pytest.importorskip("flax.linen")
+    nnx = pytest.importorskip("flax.nnx")
+    key, x = jax.random.key(0), data()[0][0]
+    linear, rngs = eqx.nn.Linear(5, 3, key=key), nnx.Rngs(0)
+    for dropped in (False, True):
+        rate = 0.5 * dropped
+        noisy = {"noisy": {"deterministic": False}} if dropped else {}
+        flax = bp.from_flax(nn.Dropout(rate), deterministic=True, **noisy)
+        models = [
+            (flax, flax.init(key, x)),
+            bp.from_equinox(eqx.nn.Sequential([linear, eqx.nn.Dropout(rate)])),
+            bp.from_nnx(nnx.Sequential(nnx.Linear(5, 3, rngs=rngs), nnx.Dropout(rate, rngs=rngs))),
+        ]
+        assert [model.random for model, _ in models] == [dropped] * 3
+        assert not any(model.inference().random for model, _ in models)
+
+
+def test_metrics_without_an_evaluation_are_refused():
+    with pytest.raises(bp.ModelError, match=r"takes them with evaluation=.*got accuracy and no"):
+        tried(MODEL, metrics=ACCURACY)
+
+
+NONE_FROZEN = r"frozen: the predicate freezes none .* paths are \(0, 'bias'\), \(0, 'weight'\), …"
+
+
+def test_a_predicate_that_freezes_nothing_is_said_with_the_paths():
+    def frozen(path):
+        return path[0] == "0"
+
+    x, y = data()
+    gradient = bp.value_and_grad(MODEL, LOSS, frozen=frozen)
+    for act in (
+        lambda: bp.fit(MODEL, LOSS, start(), [(x, y)], SGD, steps=3, frozen=frozen),
+        lambda: [gradient(start(), x, y) for _ in range(3)],
+        lambda: bp.grad(MODEL, LOSS, frozen=frozen, method="autodiff")(start(), x, y),
+        lambda: bp.trainable(start(), frozen),
+    ):
+        with pytest.warns(UserWarning, match=NONE_FROZEN) as said:
+            act()
+        assert len(said) == 1
+    tried(MODEL, frozen=lambda path: path[0] == 0)
+    tried(MODEL, frozen=False)
+
+
+def test_a_run_says_what_matters_on_a_line():
+    x, y = data(20)
+    batches = bp.minibatches(x, y, 8, seed=0)
+    assert repr(batches) == "minibatches(20 examples, 3 × 8 an epoch, shuffled with seed 0)"
+    assert repr(bp.minibatches(x, y, 8)).endswith("3 × 8 an epoch, in order)")
+    run = bp.fit(
+        MODEL, LOSS, start(), batches, SGD, epochs=2, evaluation=[(x, y)], metrics=ACCURACY
+    )
+    evaluated = ", ".join(f"{k} {v[-1]:.4g}" for k, v in run.history.evaluation.items())
+    told = f"6 steps, last cost {run.history.loss[-1]:.4g}; evaluated after 6: {evaluated}"
+    assert repr(run.history) == f"History({told})"
+    assert repr(run) == f"Run(2 epochs, {told}; 75 parameters)"
+    none = bp.fit(MODEL, LOSS, start(), batches, SGD, steps=0)
+    assert repr(none) == "Run(0 epochs, 0 steps; 75 parameters)"
+
+
+def test_a_deep_model_is_shown_by_its_two_ends():
+    deep = bp.chain(*[bp.dense(512), bp.relu] * 60, bp.dense(10))
+    assert len(repr(deep)) <= 300 < len(deep.name)
+    assert repr(deep).startswith("chain(dense(512), relu, dense(512), ")
+    assert repr(deep).endswith(", …, dense(512), relu, dense(512), relu, dense(10))")
+    assert repr(MODEL) == MODEL.name
+    assert len(repr(bp.residual(deep))) <= 300

@@ -10,7 +10,7 @@ from jax import Array
 
 from ..checks import ModelError, choice, flag
 from ..contractions import drop, each_delta, total
-from ..freezing import Frozen, check_frozen, frozen_leaves, merged, trainable
+from ..freezing import Frozen, check_frozen, frozen_leaves, merged, trainable, warn_if_none
 from ..layer import Layer, textbook
 from ..losses.definition import Loss
 from ..quantity import (
@@ -49,6 +49,7 @@ def value_and_grad(
         ``jax.value_and_grad``.
       frozen: parameters whose gradient is never computed: a tree of bools in the shape of the
         parameters or a prefix of it, or a predicate on paths such as ``lambda path: path[0] < 3``.
+        A predicate that freezes nothing is said by a ``UserWarning``.
       microbatch: examples at a time, their gradients added, so that memory does not grow with the
         batch; None for all at once. With a key, each microbatch draws from a key of its own.
       renew: return the parameters too, with their state, such as running averages, as it is after
@@ -108,11 +109,15 @@ def value_and_grad(
 
     formula = manual if method == "manual" else autodiff
     run = in_batches(cost, formula, microbatch, mean=True, trained=trained)
+    met: list[bool] = []  # whether there were parameters, to look once whether any is frozen
 
     @documented(OfBatch)
     def fn(
         params: Tree, x: Tree, y: Tree, *, weights: Array | None = None, key: Array | None = None
     ) -> tuple[Any, Tree]:
+        if not met:
+            met.append(True)
+            warn_if_none(params, frozen, 2)
         gradients, mean, _, renewed = run(params, x, y, weights, key)
         value = (mean, _with_state(cost, params, renewed)) if renew else mean
         return value, like(trained(params), gradients)

@@ -93,6 +93,7 @@ def from_function(
         reference=traced.outputs,
         is_state=is_state,
         holds_deltas=True,
+        random=traced.takes_key,
     )
     return placed(f"{name}:", layer)
 

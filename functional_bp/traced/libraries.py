@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -69,7 +70,8 @@ def from_flax(
         }
 
     name = f"from_flax({type(module).__name__})"
-    return from_function(apply, init=init, is_state=is_state, name=name)
+    layer = from_function(apply, init=init, is_state=is_state, name=name)
+    return dataclasses.replace(layer, random=noisy is not None)
 
 
 def _of_one(function: Callable[[Tree], Tree], x: Tree) -> Tree:
@@ -115,7 +117,10 @@ def from_nnx(module: Any, *, rng: str = "dropout") -> tuple[Layer, Tree]:
             nnx.reseed(model, **{rng: key})  # type: ignore[arg-type]
         return _of_one(model, x)
 
-    return from_function(apply, name=f"from_nnx({type(module).__name__})"), params
+    layer = from_function(apply, name=f"from_nnx({type(module).__name__})")
+    parts = [part for _, part in nnx.iter_graph(module)]
+    drops = any(isinstance(part, nnx.Dropout) and part.rate > 0 for part in parts)
+    return dataclasses.replace(layer, random=drops), params
 
 
 def _computed_here(leaf: Any) -> Any:
@@ -155,4 +160,11 @@ def from_equinox(module: Any) -> tuple[Layer, Tree]:
             return eqx.nn.inference_mode(model)(x)
         return model(x, key=key) if takes_key else model(x)
 
-    return from_function(apply, name=f"from_equinox({type(module).__name__})"), params
+    layer = from_function(apply, name=f"from_equinox({type(module).__name__})")
+
+    def is_dropout(part: Any) -> bool:
+        return isinstance(part, eqx.nn.Dropout)
+
+    parts = jax.tree.leaves(module, is_leaf=is_dropout)
+    drops = any(is_dropout(part) and part.p > 0 and not part.inference for part in parts)
+    return dataclasses.replace(layer, random=takes_key and drops), params

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -19,9 +20,63 @@ Batch = tuple[Tree, ...]
 Batches = Iterable[Batch] | Callable[[int], Iterable[Batch]]
 
 
-def minibatches(
-    x: Tree, y: Tree, size: int, *, seed: int | None = None
-) -> Callable[[int], Iterator[Batch]]:
+@dataclass(frozen=True, eq=False, repr=False)
+class Minibatches:
+    """``epoch -> iterator`` over batches (x, y) of arrays; its length is that of an epoch.
+
+    Attributes:
+      examples: the arrays, (x, y).
+      count: how many examples they hold.
+      size: examples in a batch.
+      seed: of the order; None for that of the arrays.
+    """
+
+    examples: Batch
+    count: int
+    size: int
+    seed: int | None
+
+    def __len__(self) -> int:
+        return -(-self.count // self.size)
+
+    def __repr__(self) -> str:
+        order = "in order" if self.seed is None else f"shuffled with seed {self.seed}"
+        return (
+            f"minibatches({self.count:,} examples, {len(self):,} × {self.size} an epoch, {order})"
+        )
+
+    def __call__(self, epoch: int) -> Iterator[Batch]:
+        if self.seed is None:
+            return Epoch(self.examples, np.arange(self.count), self.size)
+        order = np.random.default_rng((self.seed, epoch)).permutation(self.count)
+        return Epoch(self.examples, order, self.size)
+
+
+class Epoch(Iterator[Batch]):
+    """The batches of an epoch, one at a time or several in the same arrays."""
+
+    def __init__(self, examples: Batch, order: np.ndarray, size: int) -> None:
+        self.examples, self.order, self.size = examples, order, size
+        self.begin = 0
+
+    def __next__(self) -> Batch:
+        if self.begin >= len(self.order):
+            raise StopIteration
+        return self._rows(self.size)
+
+    def several(self, most: int) -> tuple[Batch, int] | None:
+        """The next whole batches, one after the other in (x, y), and how many they are; None if
+        there are not two."""
+        count = min(most, (len(self.order) - self.begin) // self.size)
+        return (self._rows(count * self.size), count) if count > 1 else None
+
+    def _rows(self, rows: int) -> Batch:
+        order = self.order[self.begin : self.begin + rows]
+        self.begin += rows
+        return jax.tree.map(lambda leaf: leaf[order], self.examples)
+
+
+def minibatches(x: Tree, y: Tree, size: int, *, seed: int | None = None) -> Minibatches:
     """Batches of examples that are held in memory, as ``bp.fit`` and ``bp.evaluate`` take them.
 
     Args:
@@ -31,7 +86,7 @@ def minibatches(
         so that a resumed run meets the batches it would have met. None keeps the order.
 
     Returns:
-      ``epoch -> iterator`` over batches (x, y).
+      ``epoch -> iterator`` over batches (x, y). Its length is the number of batches in an epoch.
 
     Raises:
       ModelError: if ``size`` is not a whole number from 1, or ``seed`` one from 0; if x and y do
@@ -39,24 +94,15 @@ def minibatches(
 
     Example:
       >>> batches = bp.minibatches(np.arange(5), np.zeros(5), 2)
-      >>> [x.tolist() for x, y in batches(0)]
-      [[0, 1], [2, 3], [4]]
+      >>> len(batches), [x.tolist() for x, y in batches(0)]
+      (3, [[0, 1], [2, 3], [4]])
     """
     x, y = jax.tree.map(np.asarray, (x, y))
     n = check_batch(x, y)
     whole("size", size)
     if seed is not None:
         whole("seed", seed, 0)
-
-    def epoch_of(epoch: int) -> Iterator[Batch]:
-        order = (
-            np.arange(n) if seed is None else np.random.default_rng((seed, epoch)).permutation(n)
-        )
-        for begin in range(0, n, size):
-            rows = order[begin : begin + size]
-            yield jax.tree.map(lambda leaf: leaf[rows], (x, y))  # noqa: B023  used at once
-
-    return epoch_of
+    return Minibatches((x, y), n, int(size), seed)
 
 
 def each_epoch(batches: Batches, epochs: int | None = None) -> Callable[[int], Iterable[Batch]]:
@@ -97,6 +143,8 @@ def with_first(
     Args:
       source: ``each_epoch`` of the batches.
     """
+    if isinstance(batches, Minibatches):  # to ask it once more is seen by nobody
+        return next(batches(0)), source
     begun = iter(source(0))
     first = next(begun, None)
     if first is None:
@@ -110,49 +158,91 @@ def with_first(
     return first, again
 
 
+@dataclass(frozen=True, eq=False)
+class Form:
+    """What batches have in common that can be joined; one object for all of them.
+
+    Attributes:
+      told: their tree, shapes and dtypes.
+      bytes: the size of one.
+    """
+
+    told: Any
+    bytes: int
+
+
 class Padded:
     """Makes batches (x, y, weights) of one size, so that none of them is compiled for anew.
 
     A batch with fewer examples than the largest so far is filled up with copies of its first
     example, which count for nothing: their weight is 0. (Copies, because zeros may lie outside
     what a model can take.)
+
+    Attributes:
+      rows: examples of the largest batch so far.
+      examples: those of the latest, with those that fill it up.
+      usual: whether the latest batch is as the full ones before it were.
+      weighted: whether an example of it may count for more or less than one.
+      form: its form; None where an array of it lies on a device.
     """
 
     def __init__(self, *, fill: bool = True, rows: int = 0) -> None:
         self.fill = fill
         self.rows = rows
-        self.usual = False  # whether the latest batch is as the full ones before it were
-        self._form: Any = None
-        self._ones: Any = None
+        self.examples = 0
+        self.usual = self.weighted = False
+        self.form: Form | None = None
+        self._forms: dict[Any, Form] = {}
+        self._full: Any = None  # what a full batch looks like,
+        self._full_form: Any = None  # its form
+        self._ones: Any = None  # and its weights
 
     def __call__(self, batch: Batch) -> tuple[Tree, Tree, Array | np.ndarray]:
         leaves, tree = jax.tree.flatten(batch)
-        form = (tree, [(type(leaf), getattr(leaf, "shape", None)) for leaf in leaves])
-        self.usual = form == self._form
+        looks = (
+            tree,
+            [
+                (type(leaf), getattr(leaf, "shape", None), getattr(leaf, "dtype", None))
+                for leaf in leaves
+            ],
+        )
+        self.usual = looks == self._full
         if self.usual:  # and so in order: nothing of what follows is paid for at every step
             x, y = batch
+            self.weighted, self.form, self.examples = False, self._full_form, len(self._ones)
             return x, y, self._ones
         if not isinstance(batch, (tuple, list)) or len(batch) not in (2, 3):
             raise ValueError(
                 f"batches: takes batches (x, y) or (x, y, weights), got {_told(batch)}"
             )
         x, y = jax.tree.map(_array, tuple(batch[:2]))
-        n = check_batch(x, y)
+        x, y, weights = self._filled_up(x, y, check_batch(x, y), batch[2:])
+        self.form, self.examples = self._form_of((x, y)), len(weights)
+        if not self.weighted and all(isinstance(leaf, (np.ndarray, jax.Array)) for leaf in leaves):
+            self._full, self._full_form, self._ones = looks, self.form, weights
+        return x, y, weights
+
+    def _filled_up(
+        self, x: Tree, y: Tree, n: int, given: Batch
+    ) -> tuple[Tree, Tree, Array | np.ndarray]:
         dtype = jnp.result_type(float)
         self.rows = max(self.rows, n)
-        if len(batch) == 2 and (n == self.rows or not self.fill):
-            if all(isinstance(leaf, (np.ndarray, jax.Array)) for leaf in leaves):
-                self._form = form
-            self._ones = jnp.ones(n, dtype)
-            return x, y, self._ones
-        weights = np.ones(n, dtype)
-        if len(batch) == 3:
-            weights = weights_of(n, np.asarray(batch[2])).astype(dtype)
         missing = self.rows - n if self.fill else 0
-        if missing == 0:
-            return x, y, weights
-        x, y = jax.tree.map(lambda leaf: _filled(leaf, missing), (x, y))
-        return x, y, np.concatenate([weights, np.zeros(missing, dtype)])
+        self.weighted = bool(given) or missing > 0
+        if not self.weighted:
+            return x, y, jnp.ones(n, dtype)
+        weights = weights_of(n, np.asarray(given[0])).astype(dtype) if given else np.ones(n, dtype)
+        if missing:
+            x, y = jax.tree.map(lambda leaf: _filled(leaf, missing), (x, y))
+            weights = np.concatenate([weights, np.zeros(missing, dtype)])
+        return x, y, weights
+
+    def _form_of(self, xy: Tree) -> Form | None:
+        leaves, tree = jax.tree.flatten(xy)
+        if any(isinstance(leaf, jax.Array) for leaf in leaves):
+            return None
+        told = tree, tuple((leaf.shape, leaf.dtype) for leaf in leaves)
+        return self._forms.setdefault(told, Form(told, sum(leaf.nbytes for leaf in leaves)))
 
 
 def _array(leaf: Any) -> Array | np.ndarray:

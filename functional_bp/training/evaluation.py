@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from ..checks import ModelError, function, told
-from ..layer import Layer, place
+from ..checks import ModelError, abstract, function, told
+from ..layer import Layer, batch_size, place
 from ..losses.definition import Loss, any_target
 from ..recursion import Model, cost_itself, paired, with_loss, with_outputs
 from .batches import Batches, Padded, each_epoch
@@ -127,13 +127,12 @@ class Targets:
             self.unseen.append(y)
 
     def check(self) -> None:
-        count, targets, self.unseen = len(self.unseen), self.unseen, []
-        if not count:
+        targets, self.unseen = self.unseen, []
+        if not targets:
             return
         y = jax.tree.map(lambda *leaves: np.concatenate(leaves), *targets)
         outputs = jax.tree.map(
-            lambda a: jax.ShapeDtypeStruct((count * a.shape[0], *a.shape[1:]), a.dtype),  # type: ignore[no-untyped-call]
-            self.outputs,
+            lambda a: abstract((batch_size(y), *a.shape[1:]), a.dtype), self.outputs
         )
         with place(f"{self.loss.name}:"):
             self.loss.check(outputs, y)

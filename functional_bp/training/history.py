@@ -7,13 +7,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 import numpy as np
-from jax import Array
 
 Tree = Any
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class History:
     """What a run recorded, as NumPy arrays.
 
@@ -31,6 +31,21 @@ class History:
     evaluated: np.ndarray
     evaluation: dict[str, np.ndarray]
 
+    def __repr__(self) -> str:
+        return f"History({self.told()})"
+
+    def told(self) -> str:
+        """In a line: how many steps there were, the last cost and the last evaluation."""
+        steps = len(self.loss)
+        told = f"{steps:,} step{'s' * (steps != 1)}"
+        if steps:
+            told += f", last cost {self.loss[-1]:.4g}"
+        if len(self.evaluated):
+            told += f"; evaluated after {self.evaluated[-1]:,}: " + ", ".join(
+                f"{name} {values[-1]:.4g}" for name, values in self.evaluation.items()
+            )
+        return told
+
     @property
     def epoch_loss(self) -> np.ndarray:
         """``(epochs,)``, the mean cost over each epoch's examples, Σ w C / Σ w."""
@@ -38,14 +53,14 @@ class History:
         weight = np.bincount(self.epoch, self.weight)
         return cost / np.where(weight == 0, 1, weight)
 
-    def with_steps(self, epoch: int, losses: Sequence[Array]) -> History:
-        """With further steps of an epoch; each has its loss and weight in one array."""
-        loss, weight = np.array([np.asarray(loss) for loss in losses], float).reshape(-1, 2).T
+    def with_steps(self, epoch: int, losses: Sequence[np.ndarray]) -> History:
+        """With further steps of an epoch; arrays ``(steps, 2)`` have their losses and weights."""
+        loss, weight = np.concatenate([np.zeros((0, 2)), *losses]).T
         return dataclasses.replace(
             self,
             loss=np.append(self.loss, loss),
             weight=np.append(self.weight, weight),
-            epoch=np.append(self.epoch, np.full(len(losses), epoch)),
+            epoch=np.append(self.epoch, np.full(len(loss), epoch)),
         )
 
     def with_evaluation(self, step: int, values: Mapping[str, float]) -> History:
@@ -72,7 +87,7 @@ class History:
 UNTRAINED = History(np.zeros(0), np.zeros(0), np.zeros(0, int), np.zeros(0, int), {})
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Run:
     """A training run as far as it has come: what ``bp.fit`` returns and gives to callbacks.
 
@@ -82,6 +97,8 @@ class Run:
       step: steps done.
       epoch: epochs completed.
       history: losses and evaluations so far.
+      ema: the parameters' moving averages, with frozen ones and state in their places; None where
+        the run keeps none.
     """
 
     params: Tree
@@ -89,3 +106,9 @@ class Run:
     step: int
     epoch: int
     history: History
+    ema: Tree = None
+
+    def __repr__(self) -> str:
+        count = sum(leaf.size for leaf in jax.tree.leaves(self.params))
+        epochs = f"{self.epoch:,} epoch{'s' * (self.epoch != 1)}"
+        return f"Run({epochs}, {self.history.told()}; {count:,} parameters)"

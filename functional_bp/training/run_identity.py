@@ -52,7 +52,10 @@ class Identity:
         for name, (refused, needs, says) in _FINGERPRINTS.items():
             ours, theirs = self.fingerprints.get(name), saved.fingerprints.get(name)
             known = None not in (ours, theirs)
-            alike = all(saved.settings.get(need) == self.settings.get(need) for need in needs)
+            alike = all(
+                saved.settings.get(need, "none") == self.settings.get(need, "none")
+                for need in needs
+            )
             if refused == forbidden and known and alike and ours != theirs:
                 yield f"  {says}"
 
@@ -62,13 +65,13 @@ _FINGERPRINTS = {
     # where it is another.
     "gradient": (
         True,
-        ("software", "method", "example"),
+        ("software", "method", "example", "compute_dtype"),
         "model and loss: of the same names and shapes, they compute something else; a function or "
         "a constant in them is another",
     ),
     "update": (
         False,
-        ("software",),
+        ("software", "compute_dtype"),
         "optimizer: its updates are others, by another learning rate, schedule or option",
     ),
     "hyperparameters": (
@@ -98,7 +101,7 @@ def described_run(model: Layer, loss: Loss, kept: Tree, frozen: Tree) -> dict[st
         "model": model.name,
         "loss": loss.name,
         "frozen": ", ".join(named(frozen)) or "none",
-        "optimizer": ", ".join(_kinds(kept["opt_state"])),
+        "optimizer": ", ".join(kinds_of(kept["opt_state"])),
         "key": "none" if key is None else str(jax.random.key_data(key).tolist()),
     } | {name: f"{leaf.dtype}{tuple(leaf.shape)}" for name, leaf in arrays.items()}
 
@@ -126,12 +129,12 @@ def hyperparameters(opt_state: Tree) -> str:
     return contents_of([value for _, value in found])
 
 
-def _kinds(state: Tree) -> list[str]:
+def kinds_of(state: Tree) -> list[str]:
     """The names of an optimiser's states, in order: equal arrays may belong to different ones."""
     if not isinstance(state, tuple):
         return []
     name = [type(state).__name__] if hasattr(state, "_fields") else []
-    return name + [kind for part in state for kind in _kinds(part)]
+    return name + [kind for part in state for kind in kinds_of(part)]
 
 
 def _different(saved: dict[str, str], run: dict[str, str]) -> Iterator[str]:
