@@ -100,6 +100,18 @@ def takes(function: Callable[..., Any], argument: str) -> bool:
         return False
 
 
+def called_with(what: str, function: Callable[..., Any], *names: str) -> None:
+    """Raises unless a function can be called with so many arguments, by place."""
+    try:
+        inspect.signature(function).bind(*names)
+    except TypeError as error:
+        raise ModelError(
+            f"{what}: takes a function of ({', '.join(names)}), got {told(function)}: {error}"
+        ) from None
+    except ValueError:  # a builtin, which does not say
+        return
+
+
 def floating(what: str, value: Any) -> Any:
     """A floating-point dtype, or its name."""
     try:

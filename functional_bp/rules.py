@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from .checks import ModelError, described, flag, function, random_key, text, told
+from .checks import ModelError, called_with, described, flag, function, random_key, text, told
 from .contractions import check_factors, contract_layer, keep
 from .docstrings import Equations
 from .layer import (
@@ -104,6 +104,9 @@ def rule(
     given: dict[str, Any] = {"init": init, "forward": forward, "backward": backward}
     for what, value in (given | {"check": check, "renew": renew}).items():
         function(f"{name}: {what}", value)
+    called_with(f"{name}: init", init, "key", "x")
+    called_with(f"{name}: forward", forward, "params", "x", "key")
+    called_with(f"{name}: backward", backward, "params", "residuals", "dy")
     function(f"{name}: reference", reference, or_none=True)
     flags = {"random": random, "batched": batched, "mixes_examples": mixes_examples}
     flags |= {"elementwise": elementwise}

@@ -184,7 +184,7 @@ def test_passes_are_in_the_dtype_that_is_asked_for(model):
         {"frozen": lambda path: path[0] == 0},
         {"steps_per_call": 4, "ema": 0.9},
     ],
-    ids=str,
+    ids=lambda given: ", ".join(given) or "plain",
 )
 def test_parameters_optimiser_and_state_stay_float32(method, given):
     run = fit(**given, method=method, compute_dtype=jnp.bfloat16)

@@ -380,3 +380,17 @@ def test_what_is_built_around_a_layer_that_mixes_examples_mixes_them(around):
     mixing = dataclasses.replace(bp.lstm(2), mixes_examples=True)
     assert around(mixing).mixes_examples
     assert not around(bp.lstm(2)).mixes_examples
+
+
+def test_a_rules_function_of_other_arguments_is_named():
+    """A forward without a key, the likeliest slip, before anything runs."""
+    with pytest.raises(
+        bp.ModelError, match=r"mine: forward: takes a function of \(params, x, key\)"
+    ):
+        bp.rule(
+            lambda key, x: (), lambda params, x: (x, ()), lambda p, r, dy: (dy, ()), name="mine"
+        )
+    with pytest.raises(
+        bp.ModelError, match=r"backward: takes a function of \(params, residuals, dy\)"
+    ):
+        bp.rule(lambda key, x: (), lambda params, x, key: (x, ()), lambda p, dy: (dy, ()))
