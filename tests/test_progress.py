@@ -1,6 +1,7 @@
 """What a run shows while it trains."""
 
 import sys
+import types
 
 import jax
 import numpy as np
@@ -40,6 +41,14 @@ def test_nothing_is_shown_where_nobody_looks(capfd):
     fit()
     fit(progress=False)
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_notebook_is_watched(monkeypatch):
+    kernel, terminal = types.SimpleNamespace(kernel=None), types.SimpleNamespace()
+    for shell, watched in ((kernel, True), (terminal, False), (None, False)):
+        ipython = types.SimpleNamespace(get_ipython=lambda shell=shell: shell)
+        monkeypatch.setitem(sys.modules, "IPython", ipython)
+        assert progress.is_watched() is watched
 
 
 @pytest.mark.parametrize("installed", [True, False])

@@ -19,7 +19,9 @@ _SILENCE = 10.0  # seconds after which a line is printed in the midst of an epoc
 
 def is_watched() -> bool:
     """Whether somebody looks at what is written to stderr: at a terminal or in a notebook."""
-    return "ipykernel" in sys.modules or (sys.stderr is not None and sys.stderr.isatty())
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    in_notebook = hasattr(shell, "kernel")
+    return in_notebook or (sys.stderr is not None and sys.stderr.isatty())
 
 
 class Progress:
