@@ -70,3 +70,12 @@ def _explicit_mesh(tree: Tree) -> Any:
             if AxisType.Explicit in (mesh.axis_types or ()):
                 return mesh
     return None
+
+
+def on_one_device(tree: Tree, platform: str | None = None) -> bool:
+    """Whether all leaves are arrays of JAX's on one device, of such a platform."""
+    leaves = jax.tree.leaves(tree)
+    if not all(isinstance(leaf, jax.Array) for leaf in leaves):
+        return False
+    devices = {device for leaf in leaves for device in leaf.devices()}
+    return len(devices) <= 1 and all(platform in (None, device.platform) for device in devices)

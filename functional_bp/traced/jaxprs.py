@@ -14,10 +14,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.extend.core import Literal, jaxprs_in_params
 
 Equation = Any
 Value = Any
+
+
+def _core() -> Any:
+    """JAX's names for programs, imported when a function is traced: that takes a fifth of what
+    importing all of this package does."""
+    from jax.extend import core
+
+    return core
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,7 +46,7 @@ def program_of(jaxpr: Any) -> Program:
 
 def is_literal(variable: Any) -> bool:
     """Whether an input of an equation is a constant that stands in it."""
-    return isinstance(variable, Literal)
+    return isinstance(variable, _core().Literal)
 
 
 def evaluated(equation: Equation, values: Sequence[Value]) -> list[Value]:
@@ -68,7 +75,7 @@ def with_effects(program: Program) -> Equation | None:
     """An equation that does more than give its outputs, as ``jax.debug.print`` does."""
     for equation in program.equations:
         if getattr(equation, "effects", ()):
-            inside = map(with_effects, map(program_of, jaxprs_in_params(equation.params)))
+            inside = map(with_effects, map(program_of, _core().jaxprs_in_params(equation.params)))
             return next(filter(None, inside), equation)
     return None
 
@@ -140,7 +147,7 @@ def reverse_alone(equation: Equation) -> bool:
     ``stop_gradient``, through which no tangent is transposed."""
     if equation.primitive.name.startswith("custom_vjp") or equation.primitive.name == "cond":
         return True
-    programs = map(program_of, jaxprs_in_params(equation.params))
+    programs = map(program_of, _core().jaxprs_in_params(equation.params))
     return any(reverse_alone(inner) for program in programs for inner in program.equations)
 
 

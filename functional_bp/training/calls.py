@@ -6,7 +6,6 @@ batches are gathered, and several steps done in a call. The bits are those of on
 
 from __future__ import annotations
 
-import statistics
 import time
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -153,7 +152,7 @@ class Calls:
             self._times[form] = []
         self._last = now
         if len(self._times[form]) == _TIMED:
-            step = statistics.median(self._times[form])
+            step = float(np.median(self._times[form]))
             self.programs.quick[form.told] = max(1, int(_LONGEST / step))
 
 
@@ -161,14 +160,6 @@ def _weights(batch: Gathered) -> Array | np.ndarray:
     if batch.weights is None:
         return np.ones(batch.examples, jnp.result_type(float))
     return batch.weights
-
-
-def on_one_device(tree: Tree, platform: str | None = None) -> bool:
-    """Whether no array is split among devices, and all are on such a platform."""
-    devices = [leaf.devices() for leaf in jax.tree.leaves(tree)]
-    return all(
-        len(on) == 1 and (platform is None or next(iter(on)).platform == platform) for on in devices
-    )
 
 
 def _stacked(leaves: Any, rows: int) -> np.ndarray:

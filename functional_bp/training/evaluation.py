@@ -111,7 +111,7 @@ class Targets:
 
     def __init__(self, model: Layer, loss: Loss, params: Tree) -> None:
         self.model, self.loss = model, loss
-        self.params = jax.eval_shape(lambda: params)
+        self.params = jax.tree.map(lambda p: abstract(p.shape, p.dtype), params)
         self.outputs: Tree = None
         self.unseen: list[Tree] = []
 

@@ -27,10 +27,11 @@ from ..checks import (
 from ..freezing import Frozen
 from ..layer import Layer
 from ..losses.definition import Loss
+from ..meshes import on_one_device
 from ..quantities.gradients import Method
 from ..recursion import Model, paired
 from .batches import Batches, Padded, each_epoch, with_first
-from .calls import Calls, on_one_device
+from .calls import Calls
 from .checkpoints import Checkpoints
 from .evaluation import Metric, Targets, check_metrics, evaluate
 from .history import Run

@@ -97,8 +97,8 @@ class Training:
     @property
     def room(self) -> int:
         """How many steps the next call may have: none passes a look, and no batch is asked for
-        that is not trained with."""
-        room = min(self.calls.most(self.form), MOST_UNREAD - self.steps_unread)
+        that is not trained with. The first calls are short, so that the device begins early."""
+        room = min(self.calls.most(self.form), MOST_UNREAD - self.steps_unread, 4 + 2 * self.step)
         if self.steps is not None:
             room = min(room, self.steps - self.step)
         if self.every is not None:

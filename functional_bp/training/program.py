@@ -12,14 +12,16 @@ import enum
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from numbers import Integral
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, Var
 
 from ..checks import abstract
+
+if TYPE_CHECKING:
+    from jax.extend.core import ClosedJaxpr, Jaxpr, Var
 
 Tree = Any
 
@@ -51,6 +53,8 @@ def _digest(parts: Iterator[str | bytes]) -> str:
 
 def _jaxpr(closed: ClosedJaxpr | Jaxpr) -> Iterator[str | bytes]:
     """The operations in order; a variable is called by its number."""
+    from jax.extend.core import ClosedJaxpr, Literal  # which takes long
+
     jaxpr = closed.jaxpr if isinstance(closed, ClosedJaxpr) else closed
     numbers: dict[Var, int] = {}
 
@@ -82,6 +86,8 @@ def _jaxpr(closed: ClosedJaxpr | Jaxpr) -> Iterator[str | bytes]:
 def _parameter(value: Any) -> Iterator[str | bytes]:
     """A parameter of an operation, if it is data. A function is not; what JAX has traced of one is
     there beside it."""
+    from jax.extend.core import ClosedJaxpr, Jaxpr
+
     if isinstance(value, (ClosedJaxpr, Jaxpr)):
         yield from _jaxpr(value)
     elif isinstance(value, Mapping):

@@ -16,6 +16,7 @@ from ..checks import abstract
 from ..freezing import frozen_leaves, merged, trainable, warn_if_none
 from ..layer import Layer, renews
 from ..losses.definition import Loss
+from ..meshes import on_one_device
 from ..quantities.gradients import Method, value_and_grad
 from ..recursion import with_loss
 from .optimizers import check_served, served
@@ -208,15 +209,19 @@ class Programs:
         self.averages = jax.jit(setting.averages)
         self.quick: dict[Any, int] = {}
         self._step = step
+        self._kept: dict[Any, bool] = {}
 
     def keeps_types(self, state: State, *args: Tree) -> bool:
-        after, _ = self._step.eval_shape(state, *args)
-        return _types(state) == _types(after)
+        given = _types((state, *args))
+        if given not in self._kept:
+            after, _ = self._step.eval_shape(state, *args)
+            self._kept[given] = _types(state) == _types(after)
+        return self._kept[given]
 
 
-def _types(tree: Tree) -> tuple[Any, list[Any]]:
+def _types(tree: Tree) -> tuple[Any, tuple[Any, ...]]:
     leaves, structure = jax.tree.flatten(tree)
-    return structure, [(leaf.shape, leaf.dtype) for leaf in leaves]
+    return structure, tuple((leaf.shape, leaf.dtype) for leaf in leaves)
 
 
 @functools.lru_cache(maxsize=32)
@@ -330,4 +335,11 @@ def _two_of(leaf: Array) -> jax.ShapeDtypeStruct:
 
 def _copied(tree: Tree) -> Tree:
     """Every leaf in a buffer of its own, which may be given away."""
+    if on_one_device(tree):
+        return _copies(tree)
     return jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), tree)
+
+
+@jax.jit  # one call for all of them
+def _copies(tree: Tree) -> Tree:
+    return jax.tree.map(jnp.copy, tree)
