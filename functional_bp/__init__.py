@@ -6,6 +6,8 @@ Layers (``model.init(key, x)`` takes one example, ``model.apply(params, x)`` a b
     rnn                     recurrent, plain
     lstm                    recurrent, with a cell state and gates
     gru                     recurrent, with gates
+    attention               of a sequence to itself or another, in linear memory
+    positions               a learned vector for every position, added
     bidirectional           a recurrent layer from both ends
     batch_norm              each feature over the batch, with running averages
     layer_norm              each position's features, with mean 0 and variance 1
@@ -164,6 +166,8 @@ from .layers.activations import (
     softplus,
     tanh,
 )
+from .layers.attention.attention import attention
+from .layers.attention.positions import positions
 from .layers.chains import chain, parallel, residual
 from .layers.dense import dense
 from .layers.dropout import dropout
@@ -226,6 +230,7 @@ __all__ = [
     "activation",
     "add",
     "at",
+    "attention",
     "batch_norm",
     "bidirectional",
     "chain",
@@ -288,6 +293,7 @@ __all__ = [
     "per_example_grad_norms",
     "per_example_grads",
     "pictures",
+    "positions",
     "reglu",
     "relu",
     "repeat",

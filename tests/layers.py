@@ -195,6 +195,20 @@ RULES = {
     ),
     "last output": (bp.rnn(2, activation="relu", output="last"), padded("h")),
     "a user's cell": (bp.through_time(users_cell()), SEQUENCE),
+    "attention": (bp.attention(2), POSITIONS),
+    "attention of groups in a window": (
+        bp.attention(4, kv_heads=2, window=2, rotary=100.0, size=2, bias=False),
+        SEQUENCE,
+    ),
+    "attention to a padded sequence": (
+        bp.attention(2, causal=False, alibi=True),
+        {"x": POSITIONS, "length": 1},
+    ),
+    "attention to another sequence": (
+        bp.attention(2, causal=False, window=2),
+        {"x": POSITIONS, "context": SEQUENCE, "context_length": 2},
+    ),
+    "positions": (bp.positions(3), POSITIONS),
     "a function": (traced(), POSITIONS),
     "a Flax module": (bp.from_flax(flax.linen.Dense(2)), VECTOR),
     "a user's rule": (scale(), VECTOR),

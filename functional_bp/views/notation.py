@@ -13,6 +13,8 @@ PARAMETERS = {
     "weight_x": "W_x",
     "weight_h": "W_h",
     "bias_n": "b_n",
+    **{f"{name}.weight": f"W_{name[0]}" for name in ("query", "key", "value", "output")},
+    **{f"{name}.bias": f"b_{name[0]}" for name in ("query", "key", "value", "output")},
     "mean": "μ̄",
     "var": "σ̄",
 }
@@ -116,6 +118,7 @@ _LATEX = {
     **{"σ": r"\sigma", "φ": r"\varphi", "ω": r"\omega", "Φ": r"\Phi"},
     **{"∂": r"\partial", "∇": r"\nabla", "Σ": r"\sum", "∏": r"\prod", "√": r"\sqrt"},
     **{"⊙": r"\odot", "½": r"\frac{1}{2}", "←": r"\leftarrow", "→": r"\rightarrow", "≠": r"\neq"},
+    **{"·": r"\cdot"},
     **{"∈": r"\in", "≤": r"\leq", "≥": r"\geq", "∞": r"\infty", "…": r"\dots", "‖": r"\|"},
 }  # fmt: skip
 _PLAIN = {"−": "-", "′": "'", "ᵀ": r"^{\top}", "⟨": r"\langle ", "⟩": r"\rangle "}

@@ -341,7 +341,8 @@ def _one_of_uses(e: Equation, shared: str | None, where: str, tag: str) -> Equat
 def _symbol(keys: tuple[Any, ...]) -> str:
     """What equations call a parameter, by its path."""
     keys = keys[1:] if len(keys) > 1 and keys[0] == "params" else keys  # as Flax has them
-    return PARAMETERS.get(keys[-1] if keys else "", ".".join(map(str, keys)) or "θ")
+    path = ".".join(map(str, keys))
+    return PARAMETERS.get(path) or PARAMETERS.get(keys[-1] if keys else "", path or "θ")
 
 
 def _shape(x: Tree) -> str:

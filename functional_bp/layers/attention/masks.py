@@ -1,0 +1,77 @@
+"""Which keys a query may see, and what is added to their scores: said for blocks of both.
+
+Axes: n examples, g groups of heads that share keys, r heads of a group, q queries, k keys.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+
+class Mask(NamedTuple):
+    """Of queries and keys by their positions, from 0.
+
+    Attributes:
+      causal: a query sees no later key.
+      window: a query sees so many keys at most, the latest being its own; with ``causal`` False
+        as many on either side. None for all.
+      queries, keys: how many there are.
+      lengths: ``(n,)``, how many of the keys count in each example; None for all.
+      slopes: ``(g, r)``, how fast scores fall with distance (Press et al. 2022); None for not.
+      bias: ``(n, g, r, queries, keys)``, added to scores; None for nothing.
+    """
+
+    causal: bool
+    window: int | None
+    queries: int
+    keys: int
+    lengths: Array | None = None
+    slopes: Array | None = None
+    bias: Array | None = None
+
+    def keys_of(self, q: Array | int, block: int) -> tuple[Array | int, Array | int]:
+        """The first block of keys that a block of queries may see, and the one after the last."""
+        last: Array | int = -(-self.keys // block)
+        first: Array | int = 0
+        if self.window is not None:
+            first = jnp.maximum(0, (q * block - self.window + 1) // block)
+            if not self.causal:
+                last = jnp.minimum(last, (q * block + block + self.window - 2) // block + 1)
+        return first, jnp.minimum(last, q + 1) if self.causal else last
+
+    def queries_of(self, k: Array | int, block: int) -> tuple[Array | int, Array | int]:
+        """The first block of queries that may see a block of keys, and the one after the last."""
+        last: Array | int = -(-self.queries // block)
+        first: Array | int = k if self.causal else 0
+        if self.window is not None:
+            last = jnp.minimum(last, (k * block + block + self.window - 2) // block + 1)
+            if not self.causal:
+                first = jnp.maximum(0, (k * block - self.window + 1) // block)
+        return first, last
+
+    def scored(self, s: Array, q: Array | int, k: Array | int) -> tuple[Array, Array]:
+        """Scores ``(n, g, r, q, k)`` from queries q … and keys k … with what is added to them, and
+        which of them count, ``(n or 1, 1, 1, q, k)``."""
+        rows = (q + jnp.arange(s.shape[-2]))[:, None]
+        columns = (k + jnp.arange(s.shape[-1]))[None, :]
+        if self.slopes is not None:
+            distance = jnp.abs(rows - columns).astype(s.dtype)
+            slopes = self.slopes.astype(s.dtype)[None, :, :, None, None]
+            s = s - slopes * distance[None, None, None]
+        if self.bias is not None:
+            sizes = (*self.bias.shape[:3], *s.shape[-2:])
+            s = s + lax.dynamic_slice(self.bias, (0, 0, 0, q, k), sizes).astype(s.dtype)
+        counts = columns < self.keys
+        if self.causal:
+            counts = counts & (columns <= rows)
+        if self.window is not None:
+            counts = counts & (rows - columns < self.window)
+            if not self.causal:
+                counts = counts & (columns - rows < self.window)
+        counts = counts[None]
+        if self.lengths is not None:
+            counts = counts & (columns[None] < self.lengths[:, None, None])
+        return s, counts[:, None, None]
