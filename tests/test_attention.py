@@ -36,7 +36,7 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("block", [4, 7, 128])
+@pytest.mark.parametrize("block", [4, pytest.param(7, marks=pytest.mark.exhaustive), 128])
 @pytest.mark.parametrize("name", VARIANTS)
 def test_every_mask_equals_the_textbook_formula_over_many_blocks(name, block, monkeypatch):
     monkeypatch.setattr(streamed, "BLOCK", block)
