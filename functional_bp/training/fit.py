@@ -169,15 +169,8 @@ def fit(
     options |= {"ema": ema, "compute_dtype": compute_dtype}
     setting = Setting.of(model, loss, params, optimizer, **options)
     state, rest = setting.begin(params)
-    if evaluation is not None and "ScheduleFreeState" in kinds_of(state.opt_state):
-        warnings.warn(
-            "evaluation: is of run.params; what optax.contrib.schedule_free has learnt is "
-            "optax.contrib.schedule_free_eval_params(run.opt_state, run.params), which a callback "
-            "can evaluate by bp.evaluate",
-            UserWarning,
-            stacklevel=2,
-        )
-    may_loop = on_one_device((state, rest), None if steps_per_call else "cpu")
+    if evaluation is not None:
+        _warn_of_schedule_free(state.opt_state)
     training = Training(
         calls=Calls(
             programs=programs(setting),
@@ -185,7 +178,7 @@ def fit(
             key=key,
             given=steps_per_call,
             bound=min(every or MOST_UNREAD, MOST_UNREAD),
-            in_loops=may_loop,
+            in_loops=on_one_device((state, rest), None if steps_per_call else "cpu"),
         ),
         split=setting.split,
         averages=programs(setting).averages,
@@ -207,15 +200,37 @@ def fit(
     with contextlib.ExitStack() as stack:
         stack.enter_context(training.interrupts)
         if checkpoints is not None:
-            first, training.source = with_first(batches, training.source)
-            padded = None if first is None else Padded(fill=False)(first)
-            is_now = identity(setting, state, rest, key, padded)
-            training.store = stack.enter_context(Checkpoints(checkpoints, is_now))
+            _keep(stack, training, setting, batches, checkpoints)
             training.begin(resume)
         if is_watched() if progress is None else progress:
             training.progress = stack.enter_context(Progress(training))
         training.train()
     return training.run
+
+
+def _keep(
+    stack: contextlib.ExitStack,
+    training: Training,
+    setting: Setting,
+    batches: Batches,
+    folder: str | os.PathLike[str],
+) -> None:
+    """Has a run keep checkpoints in a folder."""
+    first, training.source = with_first(batches, training.source)
+    padded = None if first is None else Padded(fill=False)(first)
+    is_now = identity(setting, training.state, training.rest, training.key, padded)
+    training.store = stack.enter_context(Checkpoints(folder, is_now))
+
+
+def _warn_of_schedule_free(opt_state: Tree) -> None:
+    if "ScheduleFreeState" in kinds_of(opt_state):
+        warnings.warn(
+            "evaluation: is of run.params; what optax.contrib.schedule_free has learnt is "
+            "optax.contrib.schedule_free_eval_params(run.opt_state, run.params), which a callback "
+            "can evaluate by bp.evaluate",
+            UserWarning,
+            stacklevel=3,
+        )
 
 
 def _check_run(

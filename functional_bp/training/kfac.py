@@ -164,26 +164,15 @@ def _by_learning_rate(
     max_step: float | None,
 ) -> optax.GradientTransformationExtraArgs:
     def update(
-        gradient: Tree,
-        state: KfacState,
-        params: Tree = None,
-        *,
-        x: Tree,
-        y: Tree,
-        weights: Array | None = None,
-        key: Array | None = None,
-        untrained: Tree = None,
-        **_: Any,
+        gradient: Tree, state: KfacState, params: Tree, every: Tree, examples: Examples
     ) -> tuple[Tree, KfacState]:
-        every = params if untrained is None else merged(params, untrained)
-        examples = Examples(x, y, weights, key)
         new = curvature.renewed(state, gradient, every, examples, damping)
         step = jax.tree.map(preconditioned, gradient, new.inverses)
         if max_step is not None:
             step = _bounded(step, gradient, learning_rate, state.steps, max_step)
         return step, new
 
-    natural = optax.GradientTransformationExtraArgs(curvature.init, update)
+    natural = optax.GradientTransformationExtraArgs(curvature.init, _of_batches(update))
     rest = optax.trace(momentum), optax.scale_by_learning_rate(learning_rate)
     return optax.with_extra_args_support(optax.chain(natural, *rest))
 
@@ -200,19 +189,9 @@ def _by_quadratic_model(
         return QuadraticState(curvature.init(params), first, jax.tree.map(jnp.zeros_like, params))
 
     def update(
-        gradient: Tree,
-        state: QuadraticState,
-        params: Tree = None,
-        *,
-        x: Tree,
-        y: Tree,
-        weights: Array | None = None,
-        key: Array | None = None,
-        untrained: Tree = None,
-        **_: Any,
+        gradient: Tree, state: QuadraticState, params: Tree, every: Tree, examples: Examples
     ) -> tuple[Tree, QuadraticState]:
-        every = params if untrained is None else merged(params, untrained)
-        examples, damping = Examples(x, y, weights, key), state.damping
+        damping = state.damping
         new = curvature.renewed(state.curvature, gradient, every, examples, damping)
         directions = jax.tree.map(preconditioned, gradient, new.inverses), state.last
 
@@ -229,7 +208,29 @@ def _by_quadratic_model(
         due = new.steps % ADAPT_EVERY == 0
         return step, QuadraticState(new, lax.cond(due, after_trial, lambda: damping), step)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return optax.GradientTransformationExtraArgs(init, _of_batches(update))
+
+
+def _of_batches(update: Callable[..., tuple[Tree, Any]]) -> Callable[..., tuple[Tree, Any]]:
+    """``update(gradient, state, params, every, examples)`` as optax calls it: ``every`` is all
+    parameters, ``examples`` the batch."""
+
+    def of_batch(
+        gradient: Tree,
+        state: Any,
+        params: Tree = None,
+        *,
+        x: Tree,
+        y: Tree,
+        weights: Array | None = None,
+        key: Array | None = None,
+        untrained: Tree = None,
+        **_: Any,
+    ) -> tuple[Tree, Any]:
+        every = params if untrained is None else merged(params, untrained)
+        return update(gradient, state, params, every, Examples(x, y, weights, key))
+
+    return of_batch
 
 
 def _check_options(

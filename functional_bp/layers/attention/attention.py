@@ -186,7 +186,7 @@ class _Attention:
             return d_in
 
         do = self._heads(back("output", together, _as_tree(dy)["x"]), o.shape)
-        dq, dk, dv, _ = streamed.backward(q, k, v, o, log_sum, do, self._mask(inputs))
+        dq, dk, dv = streamed.backward(q, k, v, o, log_sum, do, self._mask(inputs))
         if self.rotary is not None:
             dq, dk = (rotated(d, self.rotary, back=True) for d in (dq, dk))
         x, context = inputs["x"], inputs.get("context", inputs["x"])

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 
 
 class Mask(NamedTuple):
@@ -21,7 +21,6 @@ class Mask(NamedTuple):
       queries, keys: how many there are.
       lengths: ``(n,)``, how many of the keys count in each example; None for all.
       slopes: ``(g, r)``, how fast scores fall with distance (Press et al. 2022); None for not.
-      bias: ``(n, g, r, queries, keys)``, added to scores; None for nothing.
     """
 
     causal: bool
@@ -30,7 +29,6 @@ class Mask(NamedTuple):
     keys: int
     lengths: Array | None = None
     slopes: Array | None = None
-    bias: Array | None = None
 
     def keys_of(self, q: Array | int, block: int) -> tuple[Array | int, Array | int]:
         """The first block of keys that a block of queries may see, and the one after the last."""
@@ -61,9 +59,6 @@ class Mask(NamedTuple):
             distance = jnp.abs(rows - columns).astype(s.dtype)
             slopes = self.slopes.astype(s.dtype)[None, :, :, None, None]
             s = s - slopes * distance[None, None, None]
-        if self.bias is not None:
-            sizes = (*self.bias.shape[:3], *s.shape[-2:])
-            s = s + lax.dynamic_slice(self.bias, (0, 0, 0, q, k), sizes).astype(s.dtype)
         counts = columns < self.keys
         if self.causal:
             counts = counts & (columns <= rows)

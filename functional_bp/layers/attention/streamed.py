@@ -1,6 +1,6 @@
 """Attention of arrays, block by block: no matrix of all queries and keys is ever there.
 
-    s = q kᵀ / √d (+ bias),  p = softmax over the keys that count,  o = p v
+    s = q kᵀ / √d,  p = softmax over the keys that count,  o = p v
     λ = log Σ_k e^s                                     kept, one number for each query
 
     D = Σ_d ∂C/∂o ⊙ o = Σ_k ∂C/∂p ⊙ p
@@ -33,7 +33,6 @@ def forward(q: Array, k: Array, v: Array, mask: Mask) -> tuple[Array, Array]:
     """o ``(n, g, r, q, d)`` and λ ``(n, g, r, q)``, of q ``(n, g, r, q, d)`` and k, v
     ``(n, g, k, d)``."""
     block, (q, k, v) = _in_blocks(mask, q / math.sqrt(q.shape[-1]), k, v)
-    mask = _padded_bias(mask, block)
     dtype = accumulator(q)
 
     def of_queries(i: Array | int) -> tuple[Array, Array]:
@@ -61,76 +60,55 @@ def forward(q: Array, k: Array, v: Array, mask: Mask) -> tuple[Array, Array]:
 
 def backward(
     q: Array, k: Array, v: Array, o: Array, log_sum: Array, do: Array, mask: Mask
-) -> tuple[Array, Array, Array, Array | None]:
-    """∂C/∂ q, k and v, and by the bias where there is one, given ∂C/∂o."""
+) -> tuple[Array, Array, Array]:
+    """∂C/∂ q, k and v, given ∂C/∂o."""
     scale = 1 / math.sqrt(q.shape[-1])
     D = (o.astype(log_sum.dtype) * do).sum(-1)
     block, (q, k, v, do, log_sum, D) = _in_blocks(
         mask, q * scale, k, v, do, log_sum[..., None], D[..., None]
     )
-    mask = _padded_bias(mask, block)
     dtype = accumulator(q)
 
-    def of_keys(
-        carried: tuple[Array, ...], j: Array | int
-    ) -> tuple[tuple[Array, ...], tuple[Array, Array]]:
+    def of_keys(dq: Array, j: Array | int) -> tuple[Array, tuple[Array, Array]]:
         k_j, v_j = _block(k, j, block), _block(v, j, block)
 
         def step(i: Array | int, carried: tuple[Array, ...]) -> tuple[Array, ...]:
-            dk, dv, dq = carried[:3]
+            dk, dv, dq = carried
             q_i, do_i = _block(q, i, block), _block(do, i, block)
             s, counts = mask.scored(_scores(q_i, k_j), i * block, j * block)
             p = jnp.where(counts, jnp.exp(s - _block(log_sum, i, block)), 0)
             dp = _product("ngrqd,ngkd->ngrqk", do_i, v_j)
             ds = p * (dp - _block(D, i, block))
-            p, ds_ = p.astype(v.dtype), ds.astype(q.dtype)
+            p, ds = p.astype(v.dtype), ds.astype(q.dtype)
             dv = dv + _product("ngrqk,ngrqd->ngkd", p, do_i)
-            dk = dk + _product("ngrqk,ngrqd->ngkd", ds_, q_i)
-            dq_i = _block(dq, i, block) + _product("ngrqk,ngkd->ngrqd", ds_, k_j)
+            dk = dk + _product("ngrqk,ngrqd->ngkd", ds, q_i)
+            dq_i = _block(dq, i, block) + _product("ngrqk,ngkd->ngrqd", ds, k_j)
             dq = lax.dynamic_update_slice_in_dim(dq, dq_i, i * block, -2)
-            if mask.bias is None:
-                return dk, dv, dq
-            at = (0, 0, 0, i * block, j * block)
-            return dk, dv, dq, lax.dynamic_update_slice(carried[3], ds, at)
+            return dk, dv, dq
 
-        zeros = jnp.zeros(k_j.shape, dtype), jnp.zeros(v_j.shape, dtype)
-        dk, dv, *rest = _loop(*mask.queries_of(j, block), step, (*zeros, *carried))
-        return tuple(rest), (dk, dv)
+        none = jnp.zeros(k_j.shape, dtype), jnp.zeros(v_j.shape, dtype), dq
+        dk, dv, dq = _loop(*mask.queries_of(j, block), step, none)
+        return dq, (dk, dv)
 
-    carried: tuple[Array, ...] = (jnp.zeros(q.shape, dtype),)
-    if mask.bias is not None:
-        carried = (*carried, jnp.zeros((*q.shape[:-1], k.shape[-2]), dtype))
-    count = k.shape[-2] // block
+    dq, count = jnp.zeros(q.shape, dtype), k.shape[-2] // block
     if count == 1:
-        carried, (dk, dv) = of_keys(carried, 0)
+        dq, (dk, dv) = of_keys(dq, 0)
     else:
-        carried, (dk, dv) = lax.scan(of_keys, carried, jnp.arange(count))
+        dq, (dk, dv) = lax.scan(of_keys, dq, jnp.arange(count))
         dk, dv = _joined(dk, mask.keys), _joined(dv, mask.keys)
-    dq, *dbias = carried
     dq, dk, dv = dq[..., : mask.queries, :], dk[..., : mask.keys, :], dv[..., : mask.keys, :]
-    by_bias = dbias[0][..., : mask.queries, : mask.keys] if dbias else None
-    return (dq * scale).astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), by_bias
+    return (dq * scale).astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype)
 
 
 def _in_blocks(mask: Mask, *arrays: Array) -> tuple[int, list[Array]]:
     """The size of a block, and the arrays filled up with zeros to whole blocks."""
     block = min(BLOCK, max(mask.queries, mask.keys))
-    return block, [_filled(a, -2, block) for a in arrays]
+    return block, [_filled(a, block) for a in arrays]
 
 
-def _padded_bias(mask: Mask, block: int) -> Mask:
-    if mask.bias is None:
-        return mask
-    return mask._replace(bias=_filled(_filled(mask.bias, -1, block), -2, block))
-
-
-def _filled(a: Array, axis: int, block: int) -> Array:
-    missing = -a.shape[axis] % block
-    if not missing:
-        return a
-    widths = [(0, 0)] * a.ndim
-    widths[axis] = (0, missing)
-    return jnp.pad(a, widths)
+def _filled(a: Array, block: int) -> Array:
+    missing = -a.shape[-2] % block
+    return jnp.pad(a, [*[(0, 0)] * (a.ndim - 2), (0, missing), (0, 0)]) if missing else a
 
 
 def _block(a: Array, i: Array | int, block: int) -> Array:

@@ -28,6 +28,11 @@ Tree = Any
 Activation = Literal["tanh", "relu"]
 sigmoid, tanh = lax.logistic, lax.tanh
 
+TO_WEIGHTS = """
+        ∂C/∂x_t = W_xᵀ δ_t
+        ∂C/∂W_x = Σ_t δ_t x_tᵀ,  ∂C/∂W_h = Σ_t δ_t h_{t−1}ᵀ      (BP4)
+        ∂C/∂b = Σ_t δ_t      (BP3)"""
+
 
 def _weights(key: Array, gates: int, hidden: int, features: int, dtype: Any) -> Tree:
     """``weight_x (gates·h, d)``, normal with variance 1/d; ``weight_h (gates·h, h)``, orthogonal
@@ -60,10 +65,8 @@ def _factors(delta: Array, x: Array, h_before: Array) -> Tree:
         h_t = f(z_t),  f = tanh or relu""",
     backward="""
         ∂C/∂h_t ← ∂C/∂h_t + W_hᵀ δ_{t+1}
-        δ_t = ∂C/∂h_t ⊙ f′(z_t)
-        ∂C/∂x_t = W_xᵀ δ_t
-        ∂C/∂W_x = Σ_t δ_t x_tᵀ,  ∂C/∂W_h = Σ_t δ_t h_{t−1}ᵀ      (BP4)
-        ∂C/∂b = Σ_t δ_t      (BP3)""",
+        δ_t = ∂C/∂h_t ⊙ f′(z_t)"""
+    + TO_WEIGHTS,
     y="h",
 )
 def rnn(
@@ -139,10 +142,8 @@ def rnn(
         δ^f = ∂C/∂c_t ⊙ [c_{t−1}  ⊙ f (1 − f)]
         δ^g = ∂C/∂c_t ⊙ [i        ⊙ (1 − g²)]
         δ^o = ∂C/∂h_t ⊙ [tanh c_t ⊙ o (1 − o)]
-        δ_t = [δ^i, δ^f, δ^g, δ^o]
-        ∂C/∂x_t = W_xᵀ δ_t
-        ∂C/∂W_x = Σ_t δ_t x_tᵀ,  ∂C/∂W_h = Σ_t δ_t h_{t−1}ᵀ      (BP4)
-        ∂C/∂b = Σ_t δ_t      (BP3)""",
+        δ_t = [δ^i, δ^f, δ^g, δ^o]"""
+    + TO_WEIGHTS,
     y="h",
 )
 def lstm(
