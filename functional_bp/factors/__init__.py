@@ -37,12 +37,14 @@ from ..docstrings import shown
 from .combined import Stacked, Sum
 from .factored import Factored, Itself, Outer, Summed, accumulator, per_example, wide
 from .rows import Rows
+from .softmax_outer import SoftmaxOuter
 
 __all__ = [
     "Factored",
     "Itself",
     "Outer",
     "Rows",
+    "SoftmaxOuter",
     "Stacked",
     "Sum",
     "Summed",

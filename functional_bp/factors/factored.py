@@ -117,6 +117,12 @@ class Factored:
     def _gram_with_outer(self, outer: Outer) -> Array:
         return Factored.gram(self, outer)
 
+    def _inner_with_rows(self, rows: Factored) -> Array:
+        return Factored.inner(self, rows)
+
+    def _gram_with_rows(self, rows: Factored) -> Array:
+        return Factored.gram(self, rows)
+
 
 def _flat(each: Array) -> Array:
     return each.reshape(each.shape[0], -1)

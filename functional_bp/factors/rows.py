@@ -54,7 +54,7 @@ class Rows(Factored):
 
     def inner(self, other: Factored) -> Array:
         if not isinstance(other, (Rows, Outer)):
-            return super().inner(other)
+            return other._inner_with_rows(self)
 
         f, g = self._positions(), other._positions()
         n, t, _ = f.v.shape
@@ -72,12 +72,16 @@ class Rows(Factored):
 
     def gram(self, other: Factored) -> Array:
         if not isinstance(other, (Rows, Outer)):
-            return super().gram(other)
-        g = other._positions()
-        m = g.v.shape[0]
+            return other._gram_with_rows(self).T
+        return self.by_example(other._positions())
+
+    def by_example(self, other: Factored) -> Array:
+        """The Gram matrix, one example of these factors at a time."""
+        m = len(jax.tree.leaves(other)[0])
 
         def row(f: Rows) -> Array:
-            return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (m, *leaf.shape)), f).inner(g)
+            of_all = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (m, *leaf.shape)), f)
+            return of_all.inner(other)
 
         return lax.map(row, self._positions())
 

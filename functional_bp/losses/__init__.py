@@ -15,6 +15,7 @@ One example's cost, with p = softmax(a) or sigmoid(a):
     hinge                           Σ_j max(0, 1 − y_j a_j);  y_j −1 or 1
     softmax_cross_entropy           mean over positions of −Σ_k y_k log p_k
     smoothed_softmax_cross_entropy(α)   the same with (1 − α) one_hot(y) + α / K
+    linear_softmax_cross_entropy(K) a last dense layer to K words and softmax_cross_entropy in one
     kl_divergence                   mean over positions of Σ_k y_k log(y_k / p_k)
     sigmoid_cross_entropy           −Σ_k [y_k log p_k + (1 − y_k) log(1 − p_k)]
 
@@ -33,6 +34,7 @@ from .classification import (
 )
 from .definition import Loss, loss
 from .regression import absolute_error, hinge, huber, mean_squared_error, squared_error
+from .vocabulary import linear_softmax_cross_entropy
 
 __all__ = [
     "Loss",
@@ -40,6 +42,7 @@ __all__ = [
     "hinge",
     "huber",
     "kl_divergence",
+    "linear_softmax_cross_entropy",
     "loss",
     "mean_squared_error",
     "perplexity",
