@@ -136,20 +136,6 @@ def _ids_and_shares(a: Array, y: Tree) -> tuple[Array, Array]:
     return ids, mask.astype(dtype) / jnp.maximum(1, mask.sum())
 
 
-class _Kept(NamedTuple):
-    """What is kept of the way forward, all positions of an example on one axis.
-
-    ``h`` is a, ``expected`` Σ_k p_tk W_k and ``wanted`` Σ_k q_tk W_k, ``(n, t, d)``.
-    """
-
-    h: Array
-    ids: Array
-    shares: Array
-    log_sum: Array
-    expected: Array
-    wanted: Array
-
-
 @dataclass(frozen=True)
 class _OverVocabulary:
     vocabulary: int
@@ -186,40 +172,72 @@ class _OverVocabulary:
     def reference(self, params: Tree, ay: Tree, key: Array | None = None) -> Array:
         return jax.vmap(self.value, (None, 0, 0))(params, *ay)
 
-    def forward(self, params: Tree, ay: Tree, key: Array | None = None) -> tuple[Array, _Kept]:
+    def forward(self, params: Tree, ay: Tree, key: Array | None = None) -> tuple[Array, Tree]:
         a, y = ay
         self.check(a, y)
         self.check_parameters(params, a)
-        weight = params["weight"]
         ids, shares = (leaf.reshape(len(a), -1) for leaf in jax.vmap(_ids_and_shares)(a, y))
         h = a.reshape(*ids.shape, a.shape[-1])
-        log_sum, expected = _expected(weight, h)
-        wanted = (1 - self.smoothing) * weight.at[ids].get(mode="fill", wrap_negative_indices=False)
-        if self.smoothing:
-            wanted += self.smoothing * weight.mean(0, dtype=expected.dtype)
-        costs = log_sum - einsum("ntd,ntd->nt", h, wanted) + self.z_loss * log_sum**2
-        costs = jnp.where(shares > 0, shares * costs, 0).sum(1)
-        return costs, _Kept(h, ids, shares, log_sum, expected, wanted)
+        costs, kept = forward(params["weight"], h, ids, self.smoothing, self.z_loss)
+        return jnp.where(shares > 0, shares * costs, 0).sum(1), (kept, shares)
 
     def backward(
-        self, params: Tree, kept: _Kept, weights: Array, contract: Tree = keep
+        self, params: Tree, residuals: Tree, weights: Array, contract: Tree = keep
     ) -> tuple[Tree, Tree]:
-        h, log_sum, weight = kept.h, kept.log_sum, per_example(weights, kept.shares)
-        scale = weight * (1 + 2 * self.z_loss * log_sum)
-        dh = scale[..., None] * kept.expected - weight[..., None] * kept.wanted
-        dh = jnp.where(kept.shares[..., None] > 0, dh, 0).astype(h.dtype)
-        factor = SoftmaxOuter(
-            v=h,
-            h=h,
-            weight=params["weight"],
-            ids=kept.ids,
-            log_sum=log_sum,
-            scale=scale,
-            target=(1 - self.smoothing) * weight,
-            rest=self.smoothing / self.vocabulary * weight,
-        )
+        kept, shares = residuals
+        d_costs = per_example(weights, shares)
+        dh, factor = backward(params["weight"], kept, d_costs, self.smoothing, self.z_loss)
+        dh = jnp.where(shares[..., None] > 0, dh, 0)
         results = () if asks_layers(contract) else contract_factors(contract, {"weight": factor})
         return (dh, None), results
+
+
+# ---- on arrays: n examples, t positions, d features, k rows of W
+
+
+class Kept(NamedTuple):
+    """What is kept of the way forward.
+
+    ``h`` is a, ``expected`` Σ_k p_tk W_k and ``wanted`` Σ_k q_tk W_k, ``(n, t, d)``; ``ids`` and
+    ``log_sum``, λ, are ``(n, t)``.
+    """
+
+    h: Array
+    ids: Array
+    log_sum: Array
+    expected: Array
+    wanted: Array
+
+
+def forward(
+    weight: Array, h: Array, ids: Array, smoothing: float, z_loss: float
+) -> tuple[Array, Kept]:
+    """The cost of each position, ``(n, t)``, of h ``(n, t, d)``."""
+    log_sum, expected = _expected(weight, h)
+    wanted = (1 - smoothing) * weight.at[ids].get(mode="fill", wrap_negative_indices=False)
+    if smoothing:
+        wanted += smoothing * weight.mean(0, dtype=expected.dtype)
+    costs = log_sum - einsum("ntd,ntd->nt", h, wanted) + z_loss * log_sum**2
+    return costs, Kept(h, ids, log_sum, expected, wanted)
+
+
+def backward(
+    weight: Array, kept: Kept, d_costs: Array, smoothing: float, z_loss: float
+) -> tuple[Array, SoftmaxOuter]:
+    """∂C/∂h and the factors of ∂C/∂W, given ∂C/∂ the costs, ``(n, t)``."""
+    scale = d_costs * (1 + 2 * z_loss * kept.log_sum)
+    dh = scale[..., None] * kept.expected - d_costs[..., None] * kept.wanted
+    factor = SoftmaxOuter(
+        v=kept.h,
+        h=kept.h,
+        weight=weight,
+        ids=kept.ids,
+        log_sum=kept.log_sum,
+        scale=scale,
+        target=(1 - smoothing) * d_costs,
+        rest=smoothing / len(weight) * d_costs,
+    )
+    return dh.astype(kept.h.dtype), factor
 
 
 def _expected(weight: Array, h: Array) -> tuple[Array, Array]:
