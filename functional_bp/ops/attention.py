@@ -134,9 +134,7 @@ def _function(causal: bool, window: int | None, alibi: bool) -> Callable[..., Ar
     def backward(kept: Tree, dy: Array) -> tuple[Array | None, ...]:
         q, k, v, lengths, o, log_sum = kept
         do, _ = in_heads(dy, k)
-        dq, dk, dv = streamed.backward(
-            *in_heads(q, k, v), o, log_sum, do, mask(q, k, lengths)
-        )
+        dq, dk, dv = streamed.backward(*in_heads(q, k, v), o, log_sum, do, mask(q, k, lengths))
         return out_of_heads(dq), jnp.swapaxes(dk, 1, 2), jnp.swapaxes(dv, 1, 2), None
 
     function.defvjp(forward, backward)

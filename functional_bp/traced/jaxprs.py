@@ -91,6 +91,11 @@ def called(equation: Equation) -> Program | None:
     return _of_equation(equation, jaxpr)
 
 
+def name_of(equation: Equation) -> str | None:
+    """The name of the function that a ``jit`` is of."""
+    return equation.params.get("name") if called(equation) is not None else None
+
+
 def checkpointed(equation: Equation) -> tuple[Program, Callable[..., Any]] | None:
     """The program of ``jax.checkpoint``, and the same ``jax.checkpoint`` of another function."""
     params = equation.params
