@@ -95,8 +95,8 @@ def _check(op: str, query: Array, key: Array, value: Array) -> None:
     fits = key.ndim == query.ndim and (*key.shape[:-3], key.shape[-1]) == (*lead, d)
     if not fits or 0 in key.shape or heads % key.shape[-2]:
         raise ModelError(
-            f"{op}: key: takes, for a query {query.shape}, {(*lead, 's', 'kv_heads', d)} with heads "
-            f"that divide {heads}, got {key.shape}"
+            f"{op}: key: takes {(*lead, 's', 'kv_heads', d)} for a query {query.shape}, kv_heads a "
+            f"divisor of {heads}, got {key.shape}"
         )
     if value.shape != key.shape:
         raise ModelError(f"{op}: value: takes the key's {key.shape}, got {value.shape}")
@@ -111,14 +111,16 @@ def _function(causal: bool, window: int | None, alibi: bool) -> Callable[..., Ar
         slopes = alibi_slopes(heads).reshape(groups, -1).astype(q.dtype) if alibi else None
         return Mask(causal, window, q.shape[1], k.shape[1], lengths, slopes)
 
-    def in_heads(q: Array, *of_keys: Array) -> list[Array]:
-        """q to ``(n, g, r, t, d)``, k and v to ``(n, g, s, d)``."""
+    def in_groups(q: Array, groups: int) -> Array:
+        """``(n, t, heads, d)`` to ``(n, g, r, t, d)``."""
         n, t, heads, d = q.shape
-        groups = of_keys[0].shape[-2]
-        q = jnp.moveaxis(q.reshape(n, t, groups, heads // groups, d), 1, 3)
-        return [q, *(jnp.swapaxes(a, 1, 2) for a in of_keys)]
+        return jnp.moveaxis(q.reshape(n, t, groups, heads // groups, d), 1, 3)
 
-    def out_of_heads(a: Array) -> Array:
+    def in_heads(q: Array, k: Array, v: Array) -> tuple[Array, Array, Array]:
+        """And k and v to ``(n, g, s, d)``."""
+        return in_groups(q, k.shape[-2]), jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
+
+    def out_of_groups(a: Array) -> Array:
         n, g, r, t, d = a.shape
         return jnp.moveaxis(a, 3, 1).reshape(n, t, g * r, d)
 
@@ -127,15 +129,14 @@ def _function(causal: bool, window: int | None, alibi: bool) -> Callable[..., Ar
         return forward(q, k, v, lengths)[0]
 
     def forward(q: Array, k: Array, v: Array, lengths: Array | None) -> tuple[Array, Tree]:
-        of_heads = in_heads(q, k, v)
-        o, log_sum = streamed.forward(*of_heads, mask(q, k, lengths))
-        return out_of_heads(o), (q, k, v, lengths, o, log_sum)
+        o, log_sum = streamed.forward(*in_heads(q, k, v), mask(q, k, lengths))
+        return out_of_groups(o), (q, k, v, lengths, o, log_sum)
 
     def backward(kept: Tree, dy: Array) -> tuple[Array | None, ...]:
         q, k, v, lengths, o, log_sum = kept
-        do, _ = in_heads(dy, k)
-        dq, dk, dv = streamed.backward(*in_heads(q, k, v), o, log_sum, do, mask(q, k, lengths))
-        return out_of_heads(dq), jnp.swapaxes(dk, 1, 2), jnp.swapaxes(dv, 1, 2), None
+        of_heads, do = in_heads(q, k, v), in_groups(dy, k.shape[-2])
+        dq, dk, dv = streamed.backward(*of_heads, o, log_sum, do, mask(q, k, lengths))
+        return out_of_groups(dq), jnp.swapaxes(dk, 1, 2), jnp.swapaxes(dv, 1, 2), None
 
     function.defvjp(forward, backward)
 

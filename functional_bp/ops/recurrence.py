@@ -230,4 +230,6 @@ def _rule(name: str) -> Named:
         return [split(dx["x"]), *(results[n] for n in names), *(split(state[p]) for p in parts)]
 
     shared = tuple(range(1, 1 + count))
-    return Named(f"functional_bp.{name}", forward, backward, shared)
+    of_weights = [2 if n.startswith("weight") else 1 for n in names]
+    ranks = (3, *of_weights, *(2 for _ in parts))
+    return Named(f"functional_bp.{name}", forward, backward, shared, ranks)

@@ -103,4 +103,4 @@ def _rule(smoothing: float, z_loss: float) -> Named:
     given = {"smoothing": smoothing, "z_loss": z_loss}
     said = ", ".join(f"{name}={value}" for name, value in given.items() if value)
     name = "functional_bp.linear_softmax_cross_entropy" + (f"({said})" if said else "")
-    return Named(name, forward, backward, shared=(1,), reads=(2,))
+    return Named(name, forward, backward, shared=(1,), ranks=(2, 2, 1), reads=(2,))

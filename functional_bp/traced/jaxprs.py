@@ -92,8 +92,15 @@ def called(equation: Equation) -> Program | None:
 
 
 def name_of(equation: Equation) -> str | None:
-    """The name of the function that a ``jit`` is of."""
-    return equation.params.get("name") if called(equation) is not None else None
+    """The name of a ``jit`` that is of a ``custom_vjp`` alone. (What ``vmap`` or a derivative make
+    of one has its name too; of a derivative there is no ``custom_vjp`` left.)"""
+    program = called(equation)
+    if program is None or len(program.equations) != 1:
+        return None
+    (inside,) = program.equations
+    is_whole = (*inside.invars, *inside.outvars) == (*program.inputs, *program.outputs)
+    is_rule = inside.primitive.name.startswith("custom_vjp") and is_whole
+    return equation.params.get("name") if is_rule else None
 
 
 def checkpointed(equation: Equation) -> tuple[Program, Callable[..., Any]] | None:

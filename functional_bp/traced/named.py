@@ -33,6 +33,7 @@ class Named:
       backward: ``(operands, residuals, d_outputs, contract) -> results``, one for each operand: of
         a shared one what ``contract`` makes of its factors, of another ∂C/∂ it, of integers None.
       shared: which operands are weights, the same for all examples.
+      ranks: the number of axes of every operand, of one example.
       reads: which operands, of integers, are also in the factors.
     """
 
@@ -40,6 +41,7 @@ class Named:
     forward: Callable[..., tuple[list[Array], Tree]]
     backward: Callable[..., list[Any]]
     shared: tuple[int, ...]
+    ranks: tuple[int, ...]
     reads: tuple[int, ...] = ()
 
     @functools.cached_property

@@ -50,9 +50,9 @@ def factors_of(
     """
     values = static_values(plan, leaves)
     factors: dict[int, list[Factored]] = {}
-    for meeting, *there in zip(plan.body.meetings, read, deltas, strict=True):
+    for meeting, a, delta in zip(plan.body.meetings, read, deltas, strict=True):
         place = meeting.static.place
-        factors.setdefault(place, []).append(_met(meeting, *there, values[place]))
+        factors.setdefault(place, []).append(_met(meeting, a, delta, values[place]))
     for step in reversed(plan.steps):
         given = [_sum(factors.pop(place, [])) for place in step.outputs]
         if all(factor is None for factor in given):

@@ -214,7 +214,8 @@ class InNamed:
 
 def _bare(factor: Factored) -> Factored:
     if isinstance(factor, SoftmaxOuter):
-        return dataclasses.replace(factor, weight=None, ids=None)
+        there: Any = {"weight": None, "ids": None}
+        return dataclasses.replace(factor, **there)
     return factor
 
 
@@ -226,9 +227,9 @@ def recognised_by_name(equation: Equation, learned: Sequence[int]) -> dict[int, 
     """The routes of the operands that are made of parameters, if the function has a rule; else
     none."""
     rule = of_name(name_of(equation))
-    if rule is None:
-        return {}
     avals = [abstract(v.aval.shape, v.aval.dtype) for v in equation.invars]
+    if rule is None or rule.ranks != tuple(len(a.shape) for a in avals):  # as under vmap
+        return {}
     batch = [
         a if i in rule.shared else abstract((1, *a.shape), a.dtype) for i, a in enumerate(avals)
     ]
