@@ -34,7 +34,7 @@ def ids_of(seed, *shape):
 
 
 def drawn(**shapes):
-    return {name: jnp.asarray(normal(i, *shape)) for i, (name, shape) in enumerate(shapes.items())}
+    return {name: normal(i, *shape) for i, (name, shape) in enumerate(shapes.items())}
 
 
 # ---- the textbook's formulas, of one example
@@ -79,17 +79,17 @@ def cost_of_one(h, weight, ids, smoothing=0.0, z_loss=0.0):
     return -(q * log_p).sum(-1) + z_loss * jax.nn.logsumexp(z, axis=-1) ** 2
 
 
-def attention_of_one(q, k, v, length=None, causal=True, window=None, alibi=False):
-    (t, heads, d), s = q.shape, len(k)
-    k, v = (jnp.repeat(a, heads // k.shape[1], 1) for a in (k, v))
-    e = jnp.einsum("thd,shd->hts", q, k) / math.sqrt(d)
+def attention_of_one(query, key, value, lengths=None, causal=True, window=None, alibi=False):
+    (t, heads, d), s = query.shape, len(key)
+    k, v = (jnp.repeat(a, heads // key.shape[1], 1) for a in (key, value))
+    e = jnp.einsum("thd,shd->hts", query, k) / math.sqrt(d)
     back = np.arange(t)[:, None] - np.arange(s)
     if alibi:
         e -= 2.0 ** (-8 * np.arange(1, heads + 1) / heads)[:, None, None] * abs(back)
     seen = (back >= 0) if causal else np.full((t, s), True)
     if window is not None:
         seen &= (back < window) & (-back < window)
-    seen = seen if length is None else seen & (np.arange(s) < length)
+    seen = seen if lengths is None else seen & (np.arange(s) < lengths)
     p = jax.nn.softmax(jnp.where(seen, e, -1e300), axis=-1)
     return jnp.einsum("hts,shd->thd", p, v)
 
@@ -98,19 +98,19 @@ def weights(gates):
     return drawn(weight_x=(gates * H, D), weight_h=(gates * H, H), bias=(gates * H,))
 
 
-X = jnp.asarray(normal(1, N, T, D))
-STATE = {name: jnp.asarray(normal(i, N, H)) for i, name in enumerate(("h0", "c0"), 40)}
-Q, K, VALUES = (jnp.asarray(normal(i, N, T, heads, D)) for i, heads in ((2, 4), (3, 2), (4, 2)))
-CONTEXT = {"key": jnp.asarray(normal(5, N, 9, 2, D)), "value": jnp.asarray(normal(6, N, 9, 2, D))}
-LENGTHS = jnp.array([T, 1, 3, 2, T])
-HIDDEN, IDS = jnp.asarray(normal(7, N, T, H)), jnp.asarray(ids_of(8, N, T))
+X = normal(1, N, T, D)
+STATE = {name: normal(i, N, H) for i, name in enumerate(("h0", "c0"), 40)}
+Q, K, VALUES = (normal(i, N, T, heads, D) for i, heads in ((2, 4), (3, 2), (4, 2)))
+CONTEXT = {"key": normal(5, N, 9, 2, D), "value": normal(6, N, 9, 2, D)}
+LENGTHS = np.array([T, 1, 3, 2, T])
+HIDDEN, IDS = normal(7, N, T, H), ids_of(8, N, T)
 
 ATTENTION = {"query": Q, "key": K, "value": VALUES}
 SHARED = {"weight_x", "weight_h", "bias", "bias_n", "weight"}
 LSTM = {"x": X, **weights(4), **STATE}
 GRU = {"x": X, **weights(3), **drawn(bias_n=(H,)), "h0": STATE["h0"]}
 RNN = {"x": X, **weights(1), "h0": STATE["h0"]}
-VOCABULARY = {"h": HIDDEN, "weight": jnp.asarray(normal(9, V, H))}
+VOCABULARY = {"h": HIDDEN, "weight": normal(9, V, H)}
 
 FORMULAS = {
     "lstm": (ops.lstm, lstm_of_one, LSTM, {}),
@@ -147,7 +147,7 @@ FORMULAS = {
 
 def of_one(formula):
     def one(arrays, given):
-        return formula(*arrays.values(), *given.values())
+        return formula(**arrays, **given)
 
     return one
 
@@ -172,7 +172,7 @@ def test_values_and_gradients_are_the_formulas(name):
     op, formula, arrays, given = FORMULAS[name]
     if name.startswith("vocabulary"):
         op = jax.vmap(lambda h, weight, op=op: op(h=h, weight=weight), (0, None))
-        ours = with_gradients(jax.jit(lambda arrays: op(*arrays.values())), arrays)
+        ours = with_gradients(jax.jit(lambda arrays: op(arrays["h"], arrays["weight"])), arrays)
     else:
         ours = with_gradients(jax.jit(lambda arrays: op(**arrays, **given)), arrays)
     wanted = with_gradients(jax.jit(lambda a: batched(formula, arrays)(a, given)), arrays)
@@ -234,7 +234,7 @@ def test_they_go_through_scan():
     def layers(op, weights, x):
         return lax.scan(lambda h, w: (op(h, **w)[0], None), x, weights)[0]
 
-    stacked = {name: jnp.stack([a, -a]) for name, a in weights(1).items()}
+    stacked = {name: np.stack([a, -a]) for name, a in weights(1).items()}
     stacked["weight_x"] = stacked["weight_h"]
     zeros = jnp.zeros(H)
     one = lambda x, weight_x, weight_h, bias: rnn_of_one(x, weight_x, weight_h, bias, zeros)  # noqa: E731
@@ -344,8 +344,8 @@ def again(p, x):
 
 
 RECURRENT = {"wx": (H, D), "wh": (H, H), "b": (H,)}
-Y = jnp.asarray(normal(10, N, T, H))
-GIVEN_IDS = jnp.asarray(ids_of(11, N, T))
+Y = normal(10, N, T, H)
+GIVEN_IDS = ids_of(11, N, T)
 KERNELS = {**{"x" + g: (D, H) for g in "ifgo"}, **{"h" + g: (H, H) for g in "ifgo"}}
 HEADS = {"q": (D, 4, D), "k": (D, 2, D), "v": (D, 2, D)}
 COSTS = {
@@ -435,12 +435,12 @@ LEAN = {
     "lstm": (
         squared(lambda p, x: ops.lstm(x, p["k"].T, p["wh"], p["b"])[0]),
         drawn(k=(32, 256), wh=(256, 64), b=(256,)),
-        *(jnp.asarray(normal(1, N, 4, 32)), jnp.zeros((N, 4, 64))),
+        *(normal(1, N, 4, 32), np.zeros((N, 4, 64))),
     ),
     "gru": (
         squared(lambda p, x: ops.gru(x, p["k"].T, p["wh"], p["b"], p["bn"])[0]),
         drawn(k=(32, 192), wh=(192, 64), b=(192,), bn=(64,)),
-        *(jnp.asarray(normal(1, N, 4, 32)), jnp.zeros((N, 4, 64))),
+        *(normal(1, N, 4, 32), np.zeros((N, 4, 64))),
     ),
     "tied": (COSTS["tied"][0], drawn(e=(512, 32), w=(32, 32)), GIVEN_IDS[:, :4], IDS[:, :4]),
 }

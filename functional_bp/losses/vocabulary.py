@@ -213,6 +213,7 @@ def forward(
     weight: Array, h: Array, ids: Array, smoothing: float, z_loss: float
 ) -> tuple[Array, Kept]:
     """The cost of each position, ``(n, t)``, of h ``(n, t, d)``."""
+    weight = jnp.asarray(weight)
     log_sum, expected = _expected(weight, h)
     wanted = (1 - smoothing) * weight.at[ids].get(mode="fill", wrap_negative_indices=False)
     if smoothing:
@@ -230,7 +231,7 @@ def backward(
     factor = SoftmaxOuter(
         v=kept.h,
         h=kept.h,
-        weight=weight,
+        weight=jnp.asarray(weight),
         ids=kept.ids,
         log_sum=kept.log_sum,
         scale=scale,

@@ -209,7 +209,7 @@ class InNamed:
             return a.reshape(len(a), -1, *a.shape[2 + loops :])
 
         bare = jax.tree.unflatten(jax.tree.structure(_bare(self.like)), map(positions, arrays))
-        return dataclasses.replace(bare, weight=value, ids=positions(read[0]))
+        return dataclasses.replace(bare, weight=jnp.asarray(value), ids=positions(read[0]))
 
 
 def _bare(factor: Factored) -> Factored:
