@@ -280,9 +280,9 @@ def test_attentions_memory_is_linear_in_the_length():
 
 
 def kernels(p, x):
-    """An LSTM's weights as Flax keeps them, (in, out) and a kernel for each gate."""
-    weight_x, weight_h = (jnp.concatenate([p[k + g] for g in "ifgo"], 1).T for k in "xh")
-    h, (last, c) = ops.lstm(x, weight_x, weight_h, p["b"])
+    """An LSTM's weights as Flax keeps them, (in, out) and kernels of gates, here of two at once."""
+    weight_x = jnp.concatenate([p["xif"], p["xgo"]], 1).T
+    h, (last, c) = ops.lstm(x, weight_x, p["h"].T, p["b"])
     return h + last * c
 
 
@@ -354,7 +354,7 @@ def again(p, x):
 RECURRENT = {"wx": (H, D), "wh": (H, H), "b": (H,)}
 Y = normal(10, N, T, H)
 GIVEN_IDS = ids_of(11, N, T)
-KERNELS = {**{"x" + g: (D, H) for g in "ifgo"}, **{"h" + g: (H, H) for g in "ifgo"}}
+KERNELS = {"xif": (D, 2 * H), "xgo": (D, 2 * H), "h": (H, 4 * H)}
 HEADS = {"q": (D, 4, D), "k": (D, 2, D), "v": (D, 2, D)}
 COSTS = {
     "lstm": (squared(kernels), drawn(**KERNELS, b=(4 * H,)), X, Y),
