@@ -434,6 +434,23 @@ def test_quantities_of_what_calls_them_equal_their_definitions(name):
     check_equal(ours, wanted, WITHIN)
 
 
+def test_a_branch_that_is_not_taken_leaves_nothing_that_is_not_finite():
+    def cost(p, x, y):
+        branches = (
+            lambda x: ops.rnn(jnp.log(x), p["wx"], p["wh"], p["b"])[0],
+            lambda x: x @ p["wx"].T,
+        )
+        return ((lax.cond(x[0, 0] > 0, *branches, x) - y) ** 2).sum()
+
+    x, params = np.abs(X), drawn(**RECURRENT)
+    x[1] = 0
+    norms = bp.per_example_grad_norms(cost, None)(params, x, Y)
+    for n in range(2):  # one by one: under vmap, JAX takes the branch's 0 · ∞ up
+        gradient = jax.grad(cost)(params, x[n], Y[n])
+        norm = jnp.sqrt(sum((g**2).sum() for g in jax.tree.leaves(gradient)))
+        np.testing.assert_allclose(norms[n], norm, rtol=1e-12)
+
+
 def sizes(function, *arrays):
     """Of the arrays in a compiled function, but for what it is given and returns."""
     text = jax.jit(function).lower(*arrays).compile().as_text()
