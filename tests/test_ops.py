@@ -451,6 +451,23 @@ def test_a_branch_that_is_not_taken_leaves_nothing_that_is_not_finite():
         np.testing.assert_allclose(norms[n], norm, rtol=1e-12)
 
 
+def test_a_traced_layer_is_the_layer_by_hand():
+    """Also where factors are asked for their vectors, and δ comes in from a loss above."""
+    params = {name: GRU[name] for name in ("weight_x", "weight_h", "bias", "bias_n")}
+    traced = bp.from_function(lambda params, x: ops.gru(x, **params)[0])
+
+    def quantities(model):
+        kronecker = bp.kronecker_factors(model, bp.losses.squared_error, fisher="empirical")
+        return {
+            "K-FAC": kronecker(params, X, Y),
+            "GGN": bp.ggnvp(model, bp.losses.squared_error)(params, X, Y, params),
+            "kernel": bp.empirical_ntk(model)(params, X),
+        }
+
+    ours, wanted = (jax.jit(functools.partial(quantities, m))() for m in (traced, bp.gru(H)))
+    check_equal(ours, wanted, WITHIN)
+
+
 def sizes(function, *arrays):
     """Of the arrays in a compiled function, but for what it is given and returns."""
     text = jax.jit(function).lower(*arrays).compile().as_text()

@@ -39,7 +39,9 @@ def linear_softmax_cross_entropy(
     ``bp.losses.linear_softmax_cross_entropy``: memory does not grow with the number of positions
     times that of words. Where only some positions count, leave the others out by
     ``jnp.where(mask, costs, 0)``. (Milakov & Gimelshein 2018; Szegedy et al. 2016, α; Chowdhery et
-    al. 2022, ζ.) There is a backward pass, and no forward mode (``jax.jvp``).
+    al. 2022, ζ.) There is a backward pass, and no forward mode (``jax.jvp``). A batch is better
+    given on leading axes than by ``vmap``, under which W's gradients are made for each example and
+    then added.
 
     Args:
       h: ``(…, t, d)``, any leading axes.
