@@ -1,6 +1,5 @@
 """The examples, as a newcomer runs them, shortened."""
 
-import argparse
 import errno
 import gzip
 import importlib
@@ -376,7 +375,7 @@ def test_the_characters_of_a_run_are_kept_whole(learn_text, tmp_path, monkeypatc
 
 
 def test_a_run_of_the_example_is_left_alone_by_another(learn_text, tmp_path, monkeypatch):
-    import char_lm
+    from text import Kept
 
     fit = bp.fit
 
@@ -392,7 +391,7 @@ def test_a_run_of_the_example_is_left_alone_by_another(learn_text, tmp_path, mon
     monkeypatch.setattr(bp, "fit", another)
     learn_text(PANGRAM * 40, "--epochs", 1)
     assert json.loads((tmp_path / "char-lm-characters.json").read_text()) == sorted(set(PANGRAM))
-    assert char_lm.has_checkpoints(argparse.Namespace(out=tmp_path))
+    assert Kept(tmp_path, "char-lm").has_checkpoints()
 
 
 @pytest.mark.parametrize(
