@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import jax
@@ -58,6 +59,7 @@ def model_and_loss(sizes: Sizes, dropout: float = 0.0) -> tuple[bp.Layer, bp.los
     return decoder(sizes, dropout), bp.tied(loss, {(1, "weight"): (0, 0, "weight")})
 
 
+@functools.cache  # one loss is compiled for once
 def _linear_softmax_cross_entropy(vocabulary: int) -> bp.losses.Loss:
     """C = mean over t of −log softmax(W h_t) at y_t."""
     of_logits = bp.losses.softmax_cross_entropy

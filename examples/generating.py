@@ -51,6 +51,8 @@ def read(sizes: Sizes, params: Tree, ids: Array, cache: Cache) -> Reading:
 
     There must be place for them: ``cache.filled`` + t positions at most.
     """
+    if ids.shape[1] > sizes.positions:
+        raise bp.ModelError(f"read: takes up to {sizes.positions} ids, got {ids.shape[1]}")
     embedding, learned, _, blocks, norm = params
     at = cache.filled + jnp.arange(ids.shape[1])
     a = embedding["weight"][ids]

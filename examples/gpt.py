@@ -38,6 +38,7 @@ SIZES = {  # the sizes but for the vocabulary, and the learning rate at its high
 }
 NAME = "gpt"  # of what a run keeps
 LEAST, MOST = 16, 60  # characters of a sentence whose attention is drawn
+SPACES = {" ": "␣", "\n": "↵", "\t": "⇥"}  # as they are drawn
 
 Tree = Any
 
@@ -56,10 +57,9 @@ def main() -> None:
 
     sizes = dataclasses.replace(sizes, vocabulary=len(characters))
     model, loss = model_and_loss(sizes, given.dropout)
-    print(f"\n{bp.summary(model, ids[: sizes.positions])}\n")
     given.learning_rate = given.learning_rate or rate
     try:
-        params, _ = learn(model, loss, ids[:cut], ids[cut:], sizes.positions, given).params
+        params, _ = learn(model, loss, ids[:cut], ids[cut:], sizes, given).params
     except KeyboardInterrupt:
         kept.stop()
 
@@ -70,7 +70,7 @@ def main() -> None:
         drawn = write(sizes, params, first, given.sample, key, temperature=temperature)
         written = text[cut] + "".join(characters[i] for i in drawn[0])
         print(f"\n--- temperature {temperature} ---\n{written}")
-    words = sentence(written)
+    words = sentence(written, min(MOST, sizes.positions))
     draw_attention(sizes, params, np.searchsorted(characters, list(words)), words, given.out)
 
 
@@ -79,11 +79,11 @@ def learn(
     loss: bp.losses.Loss,
     train: np.ndarray,
     held_out: np.ndarray,
-    length: int,
+    sizes: Sizes,
     given: argparse.Namespace,
 ) -> bp.Run:
     """Trains on windows of the text, cut anew every epoch."""
-    size = given.batch_size
+    length, size = sizes.positions, given.batch_size
     batches = functools.partial(windows, train, length, size)
     steps = given.epochs * sum(1 for _ in batches((given.seed, 0)))
     begin = time.perf_counter()
@@ -98,11 +98,13 @@ def learn(
         )
 
     key = jax.random.key(given.seed)
-    init = jax.jit(functools.partial(bp.init, model, loss))
+    params = jax.jit(functools.partial(bp.init, model, loss))(key, train[:length], train[:length])
+    count = sum(leaf.size for leaf in jax.tree.leaves(params))
+    print(f"{count:,} parameters: {sizes}\n")
     return bp.fit(
         model,
         loss,
-        init(key, train[:length], train[:length]),
+        params,
         lambda epoch: batches((given.seed, epoch)),
         optimizer(given.learning_rate, steps),
         epochs=given.epochs,
@@ -128,11 +130,12 @@ def optimizer(learning_rate: float, steps: int) -> optax.GradientTransformation:
     return optax.chain(optax.clip_by_global_norm(1.0), adam)
 
 
-def sentence(text: str) -> str:
+def sentence(text: str, most: int) -> str:
     """The first sentence in a text that is neither short nor long, else the text's beginning."""
-    spaced = " ".join(text.split())
-    whole = re.findall(r"(?<=[.!?] )[^.!?]+[.!?](?= )", spaced)
-    return next((s for s in whole if LEAST <= len(s) <= MOST), spaced[:MOST]) or text[:MOST]
+    for found in re.split(r"(?<=[.!?])\s+", text)[1:-1]:
+        if LEAST <= len(found) <= most:
+            return found
+    return text[:most]
 
 
 def draw_attention(sizes: Sizes, params: Tree, ids: np.ndarray, words: str, out: Path) -> None:
@@ -146,7 +149,7 @@ def draw_attention(sizes: Sizes, params: Tree, ids: np.ndarray, words: str, out:
     figure = Figure(figsize=(10, 9.5), layout="constrained")
     axes = figure.subplots()
     image = axes.imshow(p[layer, head], cmap="viridis", vmin=0)
-    shown = ["␣" if c == " " else c for c in words]
+    shown = [SPACES.get(c, c) for c in words]
     axes.set_xticks(t, shown, fontsize=8, family="monospace")
     axes.set_yticks(t, shown, fontsize=8, family="monospace")
     axes.set_xlabel("looks at")
