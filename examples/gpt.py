@@ -168,20 +168,14 @@ def parser() -> argparse.ArgumentParser:
         help="learn this text, in UTF-8 (default: the topics of Python's help())",
     )
     it.resumes("checkpoints and the picture")
-    it.add_argument("--size", choices=list(SIZES), default="small", help="(default: %(default)s)")
-    it.add_argument(
-        "--positions",
-        choices=["rotary", "learned"],
-        help="(default: learned for gpt2, else rotary)",
-    )
-    it.add_argument(
-        "--dtype",
-        choices=["float32", "bfloat16"],
-        default="float32",
-        help="of both passes; parameters stay float32 (default: %(default)s)",
-    )
+    for name, choices, default, meaning in (
+        ("--size", list(SIZES), "small", "(default: %(default)s)"),
+        ("--positions", ["rotary", "learned"], None, "(default: learned for gpt2, else rotary)"),
+        ("--dtype", ["float32", "bfloat16"], "float32", "of both passes (default: %(default)s)"),
+    ):
+        it.add_argument(name, choices=choices, default=default, help=meaning)
     for name, kind, default, meaning in (
-        ("--epochs", options.whole(up_to=10**4), 8, "times to go through the text"),
+        ("--epochs", options.whole(up_to=10**4), 6, "times to go through the text"),
         ("--batch-size", options.whole(up_to=10**6), 8, "windows for one step"),
         ("--accumulate", options.whole(up_to=10**6), 1, "parts that a step goes through it in"),
         ("--sample", options.whole(up_to=10**6), 600, "characters to write at the end"),
@@ -189,19 +183,13 @@ def parser() -> argparse.ArgumentParser:
     ):
         meaning += " (default: %(default)s)"
         it.add_argument(name, type=kind, metavar="N", default=default, help=meaning)
-    it.add_argument(
-        "--learning-rate",
-        type=options.number(up_to=1e3),
-        metavar="R",
-        help="of AdamW at its highest (default: what suits the size)",
-    )
-    it.add_argument(
-        "--dropout",
-        type=options.number(below=1),
-        metavar="P",
-        default=0.0,
-        help="the part of numbers that is dropped (default: none)",
-    )
+    for name, kind, default, meaning in (
+        ("--learning-rate", options.number(up_to=1e3), None, "at its highest (default: by size)"),
+        ("--dropout", options.number(below=1), 0.0, "the part that is dropped (default: none)"),
+        ("--top-k", options.whole(up_to=10**6), None, "draw from the likeliest so many"),
+        ("--top-p", options.number(up_to=1), 1.0, "draw from the likeliest of this probability"),
+    ):
+        it.add_argument(name, type=kind, metavar="X", default=default, help=meaning)
     it.add_argument(
         "--temperature",
         type=options.number(above=1e-3, up_to=1e3),
@@ -209,19 +197,6 @@ def parser() -> argparse.ArgumentParser:
         metavar="T",
         default=[0.8],
         help="of the samples: below 1 likelier characters, above 1 wilder ones (default: 0.8)",
-    )
-    it.add_argument(
-        "--top-k",
-        type=options.whole(up_to=10**6),
-        metavar="N",
-        help="draw from the likeliest N characters (default: from all)",
-    )
-    it.add_argument(
-        "--top-p",
-        type=options.number(up_to=1),
-        metavar="P",
-        default=1.0,
-        help="draw from the fewest characters of at least this probability (default: from all)",
     )
     return it
 
