@@ -139,7 +139,7 @@ def sentence(text: str, most: int) -> str:
 
 
 def draw_attention(sizes: Sizes, params: Tree, ids: np.ndarray, words: str, out: Path) -> None:
-    """The head of the decoder that looks furthest back, on average over a sentence's characters."""
+    """Of all heads, the one that looks furthest back, on average over a sentence's characters."""
     from matplotlib.figure import Figure
 
     p = np.asarray(generating.attention(sizes, params, ids))
@@ -148,14 +148,14 @@ def draw_attention(sizes: Sizes, params: Tree, ids: np.ndarray, words: str, out:
     layer, head = np.unravel_index(back.argmax(), back.shape)
     figure = Figure(figsize=(10, 9.5), layout="constrained")
     axes = figure.subplots()
-    image = axes.imshow(p[layer, head], cmap="viridis", vmin=0)
+    image = axes.imshow(p[layer, head], cmap="Blues", vmin=0, vmax=1)
     shown = [SPACES.get(c, c) for c in words]
-    axes.set_xticks(t, shown, fontsize=8, family="monospace")
-    axes.set_yticks(t, shown, fontsize=8, family="monospace")
-    axes.set_xlabel("looks at")
-    axes.set_ylabel("having read so far")
-    axes.set_title(f"Attention of head {head + 1} in layer {layer + 1}")
-    figure.colorbar(image, ax=axes, shrink=0.8, label="p")
+    axes.set_xticks(t, shown, fontsize=9, family="monospace")
+    axes.set_yticks(t, shown, fontsize=9, family="monospace")
+    axes.set_xlabel("looks at this character")
+    axes.set_ylabel("having read up to this character, to foretell the next")
+    axes.set_title(f"Attention p of head {head + 1} in layer {layer + 1}, on text that it wrote")
+    figure.colorbar(image, ax=axes, shrink=0.6)
     save(figure, out / "gpt-attention.png")
 
 

@@ -16,8 +16,6 @@ import numpy as np
 import options
 from decoder import Sizes
 
-import functional_bp as bp
-
 HEAD = 64  # features of a head of every GPT-2
 # A mask of the positions before each, which files of older versions hold.
 BUFFER = re.compile(r"h\.\d+\.attn\.(masked_)?bias")
@@ -170,5 +168,5 @@ def parser() -> argparse.ArgumentParser:
 if __name__ == "__main__":
     try:
         main()
-    except (bp.ModelError, WeightsError, OSError) as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"{error}")
