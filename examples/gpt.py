@@ -131,11 +131,9 @@ def optimizer(learning_rate: float, steps: int) -> optax.GradientTransformation:
 
 
 def sentence(text: str, most: int) -> str:
-    """The first sentence in a text that is neither short nor long, else the text's beginning."""
-    for found in re.split(r"(?<=[.!?])\s+", text)[1:-1]:
-        if LEAST <= len(found) <= most:
-            return found
-    return text[:most]
+    """The first whole sentence that is neither short nor long, else what there is, cut."""
+    whole = re.split(r"(?<=[.!?])\s+", text)[1:-1] or [text]
+    return next((s for s in whole if LEAST <= len(s) <= most), whole[0][:most])
 
 
 def draw_attention(sizes: Sizes, params: Tree, ids: np.ndarray, words: str, out: Path) -> None:

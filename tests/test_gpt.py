@@ -159,6 +159,16 @@ def test_ids_are_drawn_as_often_as_their_probability_says():
     np.testing.assert_array_less(abs(counts - n * p), 4 * np.sqrt(n * p * (1 - p)))
 
 
+def test_every_id_is_drawn_anew_and_where_a_text_is_read_anew_too():
+    import generating
+
+    sizes, _, _, params, ids = made(x64=False)
+    equal = jax.tree.map(jnp.zeros_like, params[0])  # every id is as likely as every other
+    drawn = generating.write(sizes, equal, ids[:1, :5], 15, jax.random.key(0))[0]
+    assert len(set(drawn)) > 5
+    assert len({tuple(drawn[i : i + 5]) for i in (0, 5, 10)}) == 3  # 5 fill the 9 positions
+
+
 def test_attention_is_of_positions_before_and_sums_to_one():
     import generating
 
@@ -189,19 +199,34 @@ def learn_text(monkeypatch, tmp_path, capsys):
 
 @pytest.fixture
 def learnt(monkeypatch):
-    """The runs that the example makes."""
+    """The runs that the example makes, and with which options."""
     runs, fit = [], bp.fit
 
     def kept(*args, **given):
-        runs.append(fit(*args, **given))
-        return runs[-1]
+        runs.append((fit(*args, **given), given))
+        return runs[-1][0]
 
     monkeypatch.setattr(bp, "fit", kept)
     return runs
 
 
+@pytest.fixture
+def wrote(monkeypatch):
+    """The options with which the example writes."""
+    import generating
+
+    options, write = [], generating.write
+
+    def kept(*args, **given):
+        options.append(given)
+        return write(*args, **given)
+
+    monkeypatch.setattr(generating, "write", kept)
+    return options
+
+
 def test_a_text_is_learnt_stopped_gone_on_with_and_written_from(
-    learn_text, learnt, tmp_path, monkeypatch, capsys
+    learn_text, learnt, wrote, tmp_path, monkeypatch, capsys
 ):
     import gpt
 
@@ -220,6 +245,10 @@ def test_a_text_is_learnt_stopped_gone_on_with_and_written_from(
     assert 0 < float(bits[1][2]) < float(bits[0][2]) < 6
     written = out.split("--- temperature 0.8 ---\n")[1].split("\nwrote ")[0]
     assert len(written) == 41 and set(written) <= set(PANGRAM)
+    assert wrote == [{"temperature": 0.8, "top_k": 9, "top_p": 0.9}]
+    ((first, given),) = learnt
+    assert given["microbatch"] == 4 and given["key"] is not None
+    assert given["compute_dtype"] is None
     assert (tmp_path / "out" / "gpt-attention.png").read_bytes().startswith(b"\x89PNG")
 
     with monkeypatch.context() as patched, pytest.raises(SystemExit) as stopped:
@@ -230,13 +259,14 @@ def test_a_text_is_learnt_stopped_gone_on_with_and_written_from(
     assert capsys.readouterr().err == f"stopped; --resume goes on from {folder}\n"
     resumed = learn_text(PANGRAM * 40, *options, "--resume", out="two")
     assert "epoch  1" not in resumed and "epoch  2" in resumed
-    jax.tree.map(np.testing.assert_array_equal, learnt[-1].params, learnt[0].params)
+    jax.tree.map(np.testing.assert_array_equal, learnt[-1][0].params, first.params)
     assert resumed.split("---")[2].split("\nwrote")[0] == out.split("---")[2].split("\nwrote")[0]
 
 
 def test_bfloat16_and_learned_positions_learn_too(learn_text, learnt):
     learn_text(PANGRAM * 40, "--epochs=1", "--dtype=bfloat16", "--positions=learned")
-    (run,) = learnt
+    ((run, given),) = learnt
+    assert given["compute_dtype"] == "bfloat16" and given["microbatch"] is given["key"] is None
     assert run.params[0][1]["weight"].shape == (32, 32)
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(run.params))
 
@@ -292,4 +322,5 @@ def test_the_sentence_that_is_drawn_is_a_whole_one():
 
     text = "of it.  No.  This is one\nthat is shown.  And this is not."
     assert gpt.sentence(text, 60) == "This is one\nthat is shown."
-    assert gpt.sentence(text, 20) == text[:20]
+    assert gpt.sentence(text, 20) == "No."
+    assert gpt.sentence("No sentence", 5) == "No se"
