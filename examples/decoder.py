@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 
 import jax
@@ -55,29 +54,8 @@ def decoder(sizes: Sizes, dropout: float = 0.0) -> bp.Layer:
 
 def model_and_loss(sizes: Sizes, dropout: float = 0.0) -> tuple[bp.Layer, bp.losses.Loss]:
     """The decoder, and its loss: the output's weight is that of the embedding."""
-    loss = _linear_softmax_cross_entropy(sizes.vocabulary)
+    loss = bp.losses.linear_softmax_cross_entropy(sizes.vocabulary)
     return decoder(sizes, dropout), bp.tied(loss, {(1, "weight"): (0, 0, "weight")})
-
-
-@functools.cache  # one loss is compiled for once
-def _linear_softmax_cross_entropy(vocabulary: int) -> bp.losses.Loss:
-    """C = mean over t of −log softmax(W h_t) at y_t."""
-    of_logits = bp.losses.softmax_cross_entropy
-
-    def init(key, h, y):
-        return {"weight": small_normal(key, (vocabulary, h.shape[-1]), h.dtype)}
-
-    def value(params, h, y):
-        return of_logits.value(h @ params["weight"].T, y)
-
-    def delta(params, h, y):
-        delta = of_logits.delta(h @ params["weight"].T, y)
-        return delta @ params["weight"], {"weight": bp.factors.Outer(delta, h)}
-
-    head = bp.dense(vocabulary, bias=False), of_logits
-    return bp.losses.loss(
-        value, delta, init=init, head=head, name=f"linear_softmax_cross_entropy({vocabulary})"
-    )
 
 
 def shapes_of(sizes: Sizes) -> bp.layer.Tree:

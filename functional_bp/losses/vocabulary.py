@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -11,12 +12,13 @@ import jax.numpy as jnp
 from jax import Array
 
 from ..checks import ModelError, abstract, described, function, number, whole
-from ..contractions import asks_layers, contract_factors, keep
+from ..contractions import asks_layers, contract_factors, keep, total
 from ..docstrings import explained
 from ..factors.factored import Outer, accumulator, block_of, einsum, per_example
-from ..factors.softmax_outer import SoftmaxOuter, over_blocks
+from ..factors.softmax_outer import SoftmaxOuter, over_blocks, rows_at_once
 from ..layer import Layer
 from ..layers.dense import dense
+from . import by_positions
 from .classification import smoothed_softmax_cross_entropy, softmax_cross_entropy
 from .definition import Loss, loss
 from .targets import ids_or_probabilities, target_and_mask
@@ -137,17 +139,22 @@ def _ids_and_shares(a: Array, y: Tree) -> tuple[Array, Array]:
 
 
 class _Kept(NamedTuple):
-    """What is kept of the way forward, all positions of an example on one axis.
+    """What is kept of the way forward, but for a itself all positions of an example on one axis.
 
-    ``h`` is a, ``expected`` Σ_k p_tk W_k and ``wanted`` Σ_k q_tk W_k, ``(n, t, d)``.
+    ``expected`` is Σ_k p_tk W_k and ``wanted`` Σ_k q_tk W_k, ``(n, t, d)``.
     """
 
-    h: Array
+    a: Array
     ids: Array
     shares: Array
     log_sum: Array
     expected: Array
     wanted: Array
+
+    @property
+    def h(self) -> Array:
+        """a, ``(n, t, d)``."""
+        return self.a.reshape(*self.ids.shape, self.a.shape[-1])
 
 
 @dataclass(frozen=True)
@@ -164,7 +171,8 @@ class _OverVocabulary:
     def check(self, a: Array, y: Tree) -> None:
         if getattr(a, "ndim", 0) < 2 or not jnp.issubdtype(a.dtype, jnp.floating):
             raise ModelError(f"takes outputs (…, features) of each example, got {described(a)}")
-        ids_or_probabilities(abstract((*a.shape[:-1], self.vocabulary), a.dtype), y)
+        logits: Any = abstract((*a.shape[:-1], self.vocabulary), a.dtype)
+        ids_or_probabilities(logits, y)
         if getattr(y["y"] if isinstance(y, dict) else y, "ndim", 0) == a.ndim:
             raise ModelError(f"takes targets as ids, not probabilities, got {described(y)}")
 
@@ -198,28 +206,36 @@ class _OverVocabulary:
         if self.smoothing:
             wanted += self.smoothing * weight.mean(0, dtype=expected.dtype)
         costs = log_sum - einsum("ntd,ntd->nt", h, wanted) + self.z_loss * log_sum**2
-        costs = jnp.where(shares > 0, shares * costs, 0).sum(1)
-        return costs, _Kept(h, ids, shares, log_sum, expected, wanted)
+        return self.costs(costs, shares), _Kept(a, ids, shares, log_sum, expected, wanted)
 
     def backward(
         self, params: Tree, kept: _Kept, weights: Array, contract: Tree = keep
     ) -> tuple[Tree, Tree]:
-        h, log_sum, weight = kept.h, kept.log_sum, per_example(weights, kept.shares)
-        scale = weight * (1 + 2 * self.z_loss * log_sum)
-        dh = scale[..., None] * kept.expected - weight[..., None] * kept.wanted
+        h, weight, of_positions = kept.h, params["weight"], per_example(weights, kept.shares)
+        in_one_sweep = by_positions.fit(len(weights), self.vocabulary)
+        if in_one_sweep and not asks_layers(contract) and contract["weight"].asks is total.asks:
+            arrays = weight, h, kept.ids, of_positions
+            costs, dh, dW = by_positions.swept(*arrays, self.smoothing, self.z_loss)
+            return (dh.reshape(kept.a.shape), self.costs(costs, kept.shares)), {"weight": dW}
+        scale = of_positions * (1 + 2 * self.z_loss * kept.log_sum)
+        dh = scale[..., None] * kept.expected - of_positions[..., None] * kept.wanted
         dh = jnp.where(kept.shares[..., None] > 0, dh, 0).astype(h.dtype)
         factor = SoftmaxOuter(
             v=h,
             h=h,
-            weight=params["weight"],
+            weight=weight,
             ids=kept.ids,
-            log_sum=log_sum,
+            log_sum=kept.log_sum,
             scale=scale,
-            target=(1 - self.smoothing) * weight,
-            rest=self.smoothing / self.vocabulary * weight,
+            target=(1 - self.smoothing) * of_positions,
+            rest=self.smoothing / self.vocabulary * of_positions,
         )
         results = () if asks_layers(contract) else contract_factors(contract, {"weight": factor})
-        return (dh, None), results
+        return (dh.reshape(kept.a.shape), None), results
+
+    @staticmethod
+    def costs(of_positions: Array, shares: Array) -> Array:
+        return jnp.where(shares > 0, shares * of_positions, 0).sum(1)
 
 
 def _expected(weight: Array, h: Array) -> tuple[Array, Array]:
@@ -228,15 +244,15 @@ def _expected(weight: Array, h: Array) -> tuple[Array, Array]:
     dtype = accumulator(h)
 
     def step(carried: Tree, first: Array | int, count: int) -> Tree:
-        highest, total, sums = carried
+        highest, all_, sums = carried
         rows = block_of(weight, first, count, 0)
         z = einsum("ntd,kd->ntk", h, rows)
         new = jnp.maximum(highest, z.max(-1))
         p, shrunk = jnp.exp(z - new[..., None]), jnp.exp(highest - new)
         more = einsum("ntk,kd->ntd", p.astype(rows.dtype), rows)
-        return new, total * shrunk + p.sum(-1), sums * shrunk[..., None] + more
+        return new, all_ * shrunk + p.sum(-1), sums * shrunk[..., None] + more
 
     shape = h.shape[:-1]
     none = jnp.full(shape, LOW, dtype), jnp.zeros(shape, dtype), jnp.zeros(h.shape, dtype)
-    highest, total, sums = over_blocks(step, none, len(weight), shape[0] * shape[1])
-    return highest + jnp.log(total), sums / total[..., None]
+    highest, all_, sums = over_blocks(step, none, len(weight), rows_at_once(math.prod(shape)))
+    return highest + jnp.log(all_), sums / all_[..., None]

@@ -25,8 +25,9 @@ from jax import Array, lax
 from ...factors.factored import accumulator
 from .masks import Mask
 
-BLOCK = 128
-LOW = -1e30  # below every score, and finite
+BLOCK = 128  # of queries and keys, and half of it where there are many heads
+HEADS = 16  # of all examples together, from which on the scores of a block do not fit in a cache
+LOW = -1e30  # below every score; twice that is finite, too
 
 
 def forward(q: Array, k: Array, v: Array, mask: Mask) -> tuple[Array, Array]:
@@ -41,9 +42,9 @@ def forward(q: Array, k: Array, v: Array, mask: Mask) -> tuple[Array, Array]:
         def step(j: Array | int, carried: tuple[Array, ...]) -> tuple[Array, ...]:
             highest, total, sums = carried
             s, counts = mask.scored(_scores(q_i, _block(k, j, block)), i * block, j * block)
-            s = jnp.where(counts, s, LOW)
+            s = jnp.where(counts, s, 2 * LOW)
             new = jnp.maximum(highest, s.max(-1))
-            p = jnp.where(counts, jnp.exp(s - new[..., None]), 0)
+            p = jnp.exp(s - new[..., None])  # 0 where a key does not count: new is LOW at least
             shrunk = jnp.exp(highest - new)
             sums = sums * shrunk[..., None] + _product("ngrqk,ngkd->ngrqd", p, _block(v, j, block))
             return new, total * shrunk + p.sum(-1), sums
@@ -76,7 +77,7 @@ def backward(
             dk, dv, dq = carried
             q_i, do_i = _block(q, i, block), _block(do, i, block)
             s, counts = mask.scored(_scores(q_i, k_j), i * block, j * block)
-            p = jnp.where(counts, jnp.exp(s - _block(log_sum, i, block)), 0)
+            p = jnp.exp(jnp.where(counts, s - _block(log_sum, i, block), 2 * LOW))
             dp = _product("ngrqd,ngkd->ngrqk", do_i, v_j)
             ds = p * (dp - _block(D, i, block))
             p, ds = p.astype(v.dtype), ds.astype(q.dtype)
@@ -102,7 +103,8 @@ def backward(
 
 def _in_blocks(mask: Mask, *arrays: Array) -> tuple[int, list[Array]]:
     """The size of a block, and the arrays filled up with zeros to whole blocks."""
-    block = min(BLOCK, max(mask.queries, mask.keys))
+    many = math.prod(arrays[0].shape[:-2]) > HEADS
+    block = min(BLOCK // 2 if many else BLOCK, max(mask.queries, mask.keys))
     return block, [_filled(a, block) for a in arrays]
 
 
