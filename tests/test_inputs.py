@@ -112,7 +112,7 @@ BAD = {
 # What the public functions call their arguments, and what they are. The same name is the same kind
 # of thing everywhere, but for those that ``IN`` names.
 KINDS = {
-    **dict.fromkeys(("model", "layer", "shortcut", "layers"), "layer"),
+    **dict.fromkeys(("model", "layer", "shortcut", "layers", "named"), "layer"),
     "loss": "loss",
     **dict.fromkeys(("sigma", "dsigma", "weight_init", "bias_init", "check"), "function"),
     **dict.fromkeys(("value", "delta", "local", "factors"), "function"),
@@ -296,9 +296,9 @@ def call(function, given):
     positional, named = [], {}
     for argument in inspect.signature(FUNCTIONS[function]).parameters.values():
         if argument.kind is argument.VAR_POSITIONAL:
-            positional = [given.get(argument.name, GOOD["layer"])]
+            positional = [] if "named" in given else [given.get(argument.name, GOOD["layer"])]
         elif argument.kind is argument.VAR_KEYWORD:
-            continue
+            named |= {"one": given[argument.name]} if argument.name in given else {}
         elif argument.name in given:
             named[argument.name] = given[argument.name]
         elif (function, argument.name) in GOOD_IN:
