@@ -92,7 +92,8 @@ def with_loss(model: Model, loss: Loss | None) -> Layer:
     """A model and its loss as one layer, from (x, y) to the costs C, ``(batch,)``.
 
     The δ that its backward takes are the weights wₙ = ∂(objective)/∂Cₙ. They scale δ^L, once, and
-    with it everything below.
+    with it everything below. What it gives in place of ∂C/∂(x, y) are the costs, if the loss makes
+    them anew on the way back, else None.
     """
     model, loss = paired(model, loss)
     return loss.joined(_ended(model, loss.layer, has_parameters=loss.has_parameters))

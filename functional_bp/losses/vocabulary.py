@@ -212,6 +212,8 @@ class _OverVocabulary:
         self, params: Tree, kept: _Kept, weights: Array, contract: Tree = keep
     ) -> tuple[Tree, Tree]:
         h, weight, of_positions = kept.h, params["weight"], per_example(weights, kept.shares)
+        # Where the gradient alone is asked for, all is made anew in one sweep, C too (in the place
+        # of ∂C/∂y), and the sweep of the way forward is dropped by the compiler.
         in_one_sweep = by_positions.fit(len(weights), self.vocabulary)
         if in_one_sweep and not asks_layers(contract) and contract["weight"].asks is total.asks:
             arrays = weight, h, kept.ids, of_positions

@@ -47,8 +47,8 @@ def forward(q: Array, k: Array, v: Array, mask: Mask) -> tuple[Array, Array]:
             new = jnp.maximum(highest, s.max(-1))
             p = jnp.exp(s - new[..., None])  # 0 where a key does not count: new is LOW at least
             shrunk = jnp.exp(highest - new)
-            sums = sums * shrunk[..., None] + _product("ngrqk,ngkd->ngrqd", p, _block(v, j, block))
-            return new, total * shrunk + p.sum(-1), sums
+            more = _product("ngrqk,ngkd->ngrqd", p.astype(v.dtype), _block(v, j, block))
+            return new, total * shrunk + p.sum(-1), sums * shrunk[..., None] + more
 
         shape = q_i.shape[:-1]
         none = jnp.full(shape, LOW, dtype), jnp.zeros(shape, dtype), jnp.zeros(q_i.shape, dtype)
