@@ -67,6 +67,9 @@ Layers from other code (traced: δ by autodiff, gradients factored where they ca
     from_equinox            an Equinox module
     explain                 how each parameter meets an example, and what is kept of it
 
+Functions of arrays, for models of other libraries
+    ops                     attention, recurrences, a vocabulary's loss, with backward passes
+
 Losses
     losses                  squared, absolute, Huber, hinge, cross-entropies, …; one's own
     init                    parameters of a model and of a loss that has some
@@ -131,6 +134,7 @@ layer, ``recursion.py`` from the cost. Then bottom up:
     losses/         the last layer
     traced/         a layer from any JAX function
     layers/         one file for each family of rules; combinators; recurrence/
+    ops/            rules as functions of arrays
     recursion       a model with its loss, forward and back
     quantity        what every quantity shares
     quantities/     gradients, per-example quantities, moments, inner products, curvature
@@ -143,7 +147,7 @@ A file imports only from files above it in this list.
 
 from importlib.metadata import PackageNotFoundError, version
 
-from . import contractions, factors, losses, testing
+from . import contractions, factors, losses, ops, testing
 from .checks import ModelError
 from .docstrings import Equations, shown
 from .freezing import merged, trainable
@@ -289,6 +293,7 @@ __all__ = [
     "minibatches",
     "mish",
     "multiply",
+    "ops",
     "parallel",
     "per_example_grad_norms",
     "per_example_grads",

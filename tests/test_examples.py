@@ -109,6 +109,7 @@ def test_help_says_what_the_example_does(train_digits, options, capsys):
 PARSERS = {  # what each example needs
     "char_lm": "orbax.checkpoint",
     "dp_sgd": "dp_accounting",
+    "flax_gpt": "flax",
     "flax_private": "flax",
     "gpt": "matplotlib",
     "gpt2": "safetensors",

@@ -57,6 +57,7 @@ BAD = {
     "above 1 or none": tuple(bad for bad in (*NO_NUMBERS, 0.0, 1.0) if bad is not None),
     "above 0 to 1": (*NO_NUMBERS, 0.0, 1.1),
     "from 0 below 1 or none": tuple(bad for bad in (*NO_NUMBERS, -0.1, 1.0) if bad is not None),
+    "from 0": (*NO_NUMBERS, -0.1),
     "from 0 to 1": (*NO_NUMBERS, -0.1, 1.1),
     "rate or schedule or none": tuple(bad for bad in (*NO_NUMBERS, -1.0) if bad is not None),
     "flag": (None, 1, "yes", 0.0),
@@ -87,6 +88,10 @@ BAD = {
     "cell": (3, "lstm", None, bp.lstm(3)),
     "examples": ("x", None, 3, [1.0], X[0, 0]),
     "an example": ("x", None),
+    "an array": ("x", None, 3, [1.0], X.astype(int), X[0, 0]),
+    "an array or none": ("x", 3, [1.0], X.astype(int)),
+    "integers": ("ids", None, 3, [1], X, Y[:2]),
+    "integers or none": ("lengths", 3, [1], X, Y[:2]),
     "metrics": (3, "accuracy", {"accuracy": 3}),
     "callbacks": (3, "print", [3], None),
     "batches": (3, "x", None, [3], [(X,)], [(X, Y, Y, Y)], [X]),
@@ -163,6 +168,10 @@ KINDS = {
     "trained": "part of arrays",
     "cell": "cell",
     **dict.fromkeys(("x", "y", "a"), "examples"),
+    **dict.fromkeys(("h", "query", "weight", "weight_x", "weight_h", "bias_n"), "an array"),
+    **dict.fromkeys(("h0", "c0"), "an array or none"),
+    "ids": "integers",
+    "lengths": "integers or none",
     "metrics": "metrics",
     "callbacks": "callbacks",
     "batches": "batches",
@@ -215,6 +224,9 @@ IN = {
     ("history", "rate"): "function or none",
     ("norms", "max_norm"): "above 0 or none",
     ("check_model", "params"): "parameters",
+    **dict.fromkeys([("ops.attention", "key"), ("ops.attention", "value")], "an array"),
+    **dict.fromkeys([(f"ops.{name}", "x") for name in ("lstm", "gru", "rnn")], "an array"),
+    **dict.fromkeys([(f"ops.{name}", "bias") for name in ("lstm", "gru", "rnn")], "an array"),
 }
 
 # What a function is called with where it must be given something.
@@ -253,6 +265,16 @@ GOOD_IN = {
     ("from_flax", "module"): flax.linen.Dense(2),
     ("from_nnx", "module"): nnx.Linear(2, 2, rngs=nnx.Rngs(0)),
     ("empirical_ntk", "other"): X,
+    **{("ops.attention", name): np.ones((5, 2, 3)) for name in ("query", "key", "value")},
+    **{
+        (f"ops.{name}", argument): np.ones((gates * 3, *shape))
+        for name, gates in (("lstm", 4), ("gru", 3), ("rnn", 1))
+        for argument, shape in (("weight_x", (5,)), ("weight_h", (3,)), ("bias", ()))
+    },
+    ("ops.gru", "bias_n"): np.ones(3),
+    ("ops.linear_softmax_cross_entropy", "h"): X,
+    ("ops.linear_softmax_cross_entropy", "weight"): X[:3],
+    ("ops.linear_softmax_cross_entropy", "ids"): Y,
 }
 # Records, which functions fill; pytrees, through which JAX passes whatever it likes; modules.
 NOT_CALLED = {
@@ -277,7 +299,8 @@ def public_functions():
             for inner, function in vars(item).items():
                 ours = getattr(function, "__module__", "").startswith(item.__name__)
                 if inspect.isfunction(function) and ours and not inner.startswith("_"):
-                    yield f"{name}.{inner}" if hasattr(bp, inner) else inner, function
+                    is_named_twice = hasattr(bp, inner) or name == "ops"
+                    yield f"{name}.{inner}" if is_named_twice else inner, function
         else:
             yield name, item
 

@@ -179,3 +179,19 @@ def test_noise_scales_of_groups_are_what_their_definition_says(example):
         trace = g.var(0, ddof=1).sum()
         expected = trace / ((g.mean(0) ** 2).sum() - trace / len(g))
         np.testing.assert_allclose(scales[name], expected, rtol=1e-3)
+
+
+@pytest.mark.parametrize("example", ["flax_gpt"], indirect=True)
+def test_two_lines_of_a_flax_gpt_change_neither_cost_nor_gradient(example, monkeypatch, capsys):
+    small = {"vocabulary": 50, "length": 9, "batch": 2, "features": 8, "heads": 2, "layers": 1}
+    argv = [f"--{name}={value}" for name, value in small.items()]
+    monkeypatch.setattr(sys, "argv", ["flax_gpt.py", *argv, "--calls=2"])
+    example.main()
+    out = capsys.readouterr().out
+    assert "gradient of 2 sequences of 9 words of 50\n" in out
+    assert re.search(r"  Flax alone .* ms .* MiB\n  with bp\.ops .* ms .* MiB\n", out)
+    assert 0 <= float(out.split()[-1]) < 1e-5
+    monkeypatch.setattr(sys, "argv", ["flax_gpt.py", "--features=9"])
+    with pytest.raises(SystemExit):
+        example.main()
+    assert "--features: takes a multiple of 4 heads, got 9" in capsys.readouterr().err

@@ -138,25 +138,6 @@ def _ids_and_shares(a: Array, y: Tree) -> tuple[Array, Array]:
     return ids, mask.astype(dtype) / jnp.maximum(1, mask.sum())
 
 
-class _Kept(NamedTuple):
-    """What is kept of the way forward, but for a itself all positions of an example on one axis.
-
-    ``expected`` is Σ_k p_tk W_k and ``wanted`` Σ_k q_tk W_k, ``(n, t, d)``.
-    """
-
-    a: Array
-    ids: Array
-    shares: Array
-    log_sum: Array
-    expected: Array
-    wanted: Array
-
-    @property
-    def h(self) -> Array:
-        """a, ``(n, t, d)``."""
-        return self.a.reshape(*self.ids.shape, self.a.shape[-1])
-
-
 @dataclass(frozen=True)
 class _OverVocabulary:
     vocabulary: int
@@ -194,50 +175,91 @@ class _OverVocabulary:
     def reference(self, params: Tree, ay: Tree, key: Array | None = None) -> Array:
         return jax.vmap(self.value, (None, 0, 0))(params, *ay)
 
-    def forward(self, params: Tree, ay: Tree, key: Array | None = None) -> tuple[Array, _Kept]:
+    def forward(self, params: Tree, ay: Tree, key: Array | None = None) -> tuple[Array, Tree]:
         a, y = ay
         self.check(a, y)
         self.check_parameters(params, a)
-        weight = params["weight"]
-        ids, shares = (leaf.reshape(len(a), -1) for leaf in jax.vmap(_ids_and_shares)(a, y))
-        h = a.reshape(*ids.shape, a.shape[-1])
-        log_sum, expected = _expected(weight, h)
-        wanted = (1 - self.smoothing) * weight.at[ids].get(mode="fill", wrap_negative_indices=False)
-        if self.smoothing:
-            wanted += self.smoothing * weight.mean(0, dtype=expected.dtype)
-        costs = log_sum - einsum("ntd,ntd->nt", h, wanted) + self.z_loss * log_sum**2
-        return self.costs(costs, shares), _Kept(a, ids, shares, log_sum, expected, wanted)
+        ids, shares = jax.vmap(_ids_and_shares)(a, y)
+        h = a.reshape(len(a), -1, a.shape[-1])
+        ids = ids.reshape(h.shape[:2])
+        costs, kept = forward(params["weight"], h, ids, self.smoothing, self.z_loss)
+        return _means(costs, shares), (kept, shares)
 
     def backward(
-        self, params: Tree, kept: _Kept, weights: Array, contract: Tree = keep
+        self, params: Tree, residuals: Tree, weights: Array, contract: Tree = keep
     ) -> tuple[Tree, Tree]:
-        h, weight, of_positions = kept.h, params["weight"], per_example(weights, kept.shares)
+        kept, shares = residuals
+        weight, d_costs = params["weight"], per_example(weights, shares).reshape(kept.ids.shape)
+        options = self.smoothing, self.z_loss
         # Where the gradient alone is asked for, all is made anew in one sweep, C too (in the place
         # of ∂C/∂y), and the sweep of the way forward is dropped by the compiler.
         in_one_sweep = by_positions.fit(len(weights), self.vocabulary)
         if in_one_sweep and not asks_layers(contract) and contract["weight"].asks is total.asks:
-            arrays = weight, h, kept.ids, of_positions
-            costs, dh, dW = by_positions.swept(*arrays, self.smoothing, self.z_loss)
-            return (dh.reshape(kept.a.shape), self.costs(costs, kept.shares)), {"weight": dW}
-        scale = of_positions * (1 + 2 * self.z_loss * kept.log_sum)
-        dh = scale[..., None] * kept.expected - of_positions[..., None] * kept.wanted
-        dh = jnp.where(kept.shares[..., None] > 0, dh, 0).astype(h.dtype)
-        factor = SoftmaxOuter(
-            v=h,
-            h=h,
-            weight=weight,
-            ids=kept.ids,
-            log_sum=kept.log_sum,
-            scale=scale,
-            target=(1 - self.smoothing) * of_positions,
-            rest=self.smoothing / self.vocabulary * of_positions,
-        )
+            costs, dh, dW = by_positions.swept(weight, kept.h, kept.ids, d_costs, *options)
+            return (_where_counted(dh, shares), _means(costs, shares)), {"weight": dW}
+        dh, factor = backward(weight, kept, d_costs, *options)
         results = () if asks_layers(contract) else contract_factors(contract, {"weight": factor})
-        return (dh.reshape(kept.a.shape), None), results
+        return (_where_counted(dh, shares), None), results
 
-    @staticmethod
-    def costs(of_positions: Array, shares: Array) -> Array:
-        return jnp.where(shares > 0, shares * of_positions, 0).sum(1)
+
+def _means(costs: Array, shares: Array) -> Array:
+    """C of each example, from the costs of its positions."""
+    return jnp.where(shares > 0, shares * costs.reshape(shares.shape), 0).sum(range(1, shares.ndim))
+
+
+def _where_counted(dh: Array, shares: Array) -> Array:
+    """∂C/∂a, on the axes of a."""
+    dh = dh.reshape(*shares.shape, dh.shape[-1])
+    return jnp.where(shares[..., None] > 0, dh, 0)
+
+
+# ---- on arrays: n examples, t positions, d features, k rows of W
+
+
+class Kept(NamedTuple):
+    """What is kept of the way forward.
+
+    ``h`` is a, ``expected`` Σ_k p_tk W_k and ``wanted`` Σ_k q_tk W_k, ``(n, t, d)``; ``ids`` and
+    ``log_sum``, λ, are ``(n, t)``.
+    """
+
+    h: Array
+    ids: Array
+    log_sum: Array
+    expected: Array
+    wanted: Array
+
+
+def forward(
+    weight: Array, h: Array, ids: Array, smoothing: float, z_loss: float
+) -> tuple[Array, Kept]:
+    """The cost of each position, ``(n, t)``, of h ``(n, t, d)``."""
+    weight = jnp.asarray(weight)
+    log_sum, expected = _expected(weight, h)
+    wanted = (1 - smoothing) * weight.at[ids].get(mode="fill", wrap_negative_indices=False)
+    if smoothing:
+        wanted += smoothing * weight.mean(0, dtype=expected.dtype)
+    costs = log_sum - einsum("ntd,ntd->nt", h, wanted) + z_loss * log_sum**2
+    return costs, Kept(h, ids, log_sum, expected, wanted)
+
+
+def backward(
+    weight: Array, kept: Kept, d_costs: Array, smoothing: float, z_loss: float
+) -> tuple[Array, SoftmaxOuter]:
+    """∂C/∂h and the factors of ∂C/∂W, given ∂C/∂ the costs, ``(n, t)``."""
+    scale = d_costs * (1 + 2 * z_loss * kept.log_sum)
+    dh = scale[..., None] * kept.expected - d_costs[..., None] * kept.wanted
+    factor = SoftmaxOuter(
+        v=kept.h,
+        h=kept.h,
+        weight=jnp.asarray(weight),
+        ids=kept.ids,
+        log_sum=kept.log_sum,
+        scale=scale,
+        target=(1 - smoothing) * d_costs,
+        rest=smoothing / len(weight) * d_costs,
+    )
+    return dh.astype(kept.h.dtype), factor
 
 
 def _expected(weight: Array, h: Array) -> tuple[Array, Array]:

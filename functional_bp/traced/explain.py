@@ -16,11 +16,13 @@ from ..factors.combined import Stacked, Sum
 from ..factors.convolved import Convolved
 from ..factors.factored import Factored, Outer
 from ..factors.rows import Rows
+from ..factors.softmax_outer import SoftmaxOuter
 from ..layer import Layer, batch_size, place
 from ..tables import columns
 from .function import Residuals, from_cost, from_function, over_batch, taps_of
 from .parameters import factors_of
 from .plan import Meeting, Plan, Step
+from .routes import InNamed
 
 Tree = Any
 
@@ -168,6 +170,8 @@ def _kept(factor: Factored) -> str:
     if isinstance(factor, Outer):
         positions = math.prod(factor.u.shape[1:-1])
         return "δ aᵀ" if positions == 1 else f"Σ δ aᵀ over {positions:,}"
+    if isinstance(factor, SoftmaxOuter):
+        return f"Σ δ aᵀ over {math.prod(factor.ids.shape[1:]):,}, δ made anew"
     if isinstance(factor, Rows):
         return f"{math.prod(factor.ids.shape[1:]):,} rows of {factor.rows:,}"
     if isinstance(factor, Along):
@@ -190,6 +194,9 @@ def _of_norms(factor: Factored) -> float:
     if isinstance(factor, Outer):
         t, o, i = math.prod(factor.u.shape[1:-1]), factor.u.shape[-1], factor.v.shape[-1]
         return min(t * t * (o + i), t * o * i) if t > 1 else o + i
+    if isinstance(factor, SoftmaxOuter):
+        t, o, i = math.prod(factor.ids.shape[1:]), len(factor.weight), factor.v.shape[-1]
+        return t * o * factor.h.shape[-1] + min(t * t * (o + i), t * o * i)
     if isinstance(factor, Rows):
         return math.prod(factor.ids.shape[1:]) * math.prod(factor.v.shape[1:])
     if isinstance(factor, Convolved):
@@ -201,7 +208,19 @@ def _of_norms(factor: Factored) -> float:
     return math.prod(jax.tree.leaves(factor)[0].shape[1:])
 
 
+def _of_products(factor: Factored) -> int:
+    """Multiplications of the matrix product that one example's factors are of."""
+    if isinstance(factor, Outer):
+        return math.prod(factor.u.shape[1:]) * factor.v.shape[-1]
+    if isinstance(factor, SoftmaxOuter):
+        return math.prod(factor.h.shape[1:]) * len(factor.weight)
+    return math.prod(jax.tree.leaves(factor)[0].shape[1:])
+
+
 def _of_meeting(meeting: Meeting) -> float:
     """Multiplications of one example's forward pass through a meeting."""
-    turns, outputs = math.prod(meeting.loops), math.prod(meeting.tap.shape)
+    turns = math.prod(meeting.loops)
+    if isinstance(meeting.route, InNamed):
+        return turns * _of_products(meeting.route.like)
+    outputs = math.prod(meeting.tap.shape)
     return turns * outputs * (meeting.route.summed if meeting.route is not None else 1)

@@ -252,10 +252,14 @@ class _Traced:
         return found
 
 
-def taps_of(plan: Plan, n: int) -> list[Array]:
-    """A zero for each meeting, of the shape of its δ."""
+def taps_of(plan: Plan, n: int) -> list[Any]:
+    """Zeros for each meeting, of the shape of its δ."""
+
+    def zeros(tap: Any, loops: tuple[int, ...]) -> Array:
+        return jnp.zeros((n, *loops, *tap.shape), tap.dtype)
+
     return [
-        jnp.zeros((n, *meeting.loops, *meeting.tap.shape), meeting.tap.dtype)
+        jax.tree.map(functools.partial(zeros, loops=meeting.loops), meeting.tap)
         for meeting in plan.body.meetings
     ]
 

@@ -91,6 +91,18 @@ def called(equation: Equation) -> Program | None:
     return _of_equation(equation, jaxpr)
 
 
+def name_of(equation: Equation) -> str | None:
+    """The name of a ``jit`` that is of a ``custom_vjp`` alone. (What ``vmap`` or a derivative make
+    of one has its name too; of a derivative there is no ``custom_vjp`` left.)"""
+    program = called(equation)
+    if program is None or len(program.equations) != 1:
+        return None
+    (inside,) = program.equations
+    is_whole = (*inside.invars, *inside.outvars) == (*program.inputs, *program.outputs)
+    is_rule = inside.primitive.name.startswith("custom_vjp") and is_whole
+    return equation.params.get("name") if is_rule else None
+
+
 def checkpointed(equation: Equation) -> tuple[Program, Callable[..., Any]] | None:
     """The program of ``jax.checkpoint``, and the same ``jax.checkpoint`` of another function."""
     params = equation.params

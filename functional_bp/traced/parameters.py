@@ -24,6 +24,7 @@ from ..factors.combined import Sum
 from ..factors.factored import Factored, Itself, Outer, accumulator, einsum
 from .jaxprs import move
 from .plan import Meeting, Plan, Step
+from .routes import InNamed
 from .run import static_values
 
 Value = Any
@@ -35,7 +36,7 @@ def factors_of(
     plan: Plan,
     leaves: Sequence[Array],
     read: Sequence[Value],
-    deltas: Sequence[Array],
+    deltas: Sequence[Any],
     n: int,
     multiplied_out: list[Step] | None = None,
 ) -> list[Factored]:
@@ -49,8 +50,9 @@ def factors_of(
     """
     values = static_values(plan, leaves)
     factors: dict[int, list[Factored]] = {}
-    for meeting, *there in zip(plan.body.meetings, read, deltas, strict=True):
-        factors.setdefault(meeting.static.place, []).append(_met(meeting, *there))
+    for meeting, a, delta in zip(plan.body.meetings, read, deltas, strict=True):
+        place = meeting.static.place
+        factors.setdefault(place, []).append(_met(meeting, a, delta, values[place]))
     for step in reversed(plan.steps):
         given = [_sum(factors.pop(place, [])) for place in step.outputs]
         if all(factor is None for factor in given):
@@ -68,9 +70,11 @@ def factors_of(
     ]
 
 
-def _met(meeting: Meeting, read: Value, delta: Array) -> Factored:
+def _met(meeting: Meeting, read: Value, delta: Any, value: Value) -> Factored:
     """The factors at one meeting, of its static value."""
     mapped = meeting.static.mapped
+    if isinstance(meeting.route, InNamed):
+        return meeting.route.factor(read, delta, mapped, value)
     if meeting.route is not None:
         return meeting.route.factor(read, delta, mapped)
     turns = [1 + i for i, over in enumerate(mapped) if not over]

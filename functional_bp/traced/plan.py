@@ -16,7 +16,7 @@ from typing import Any
 import jax
 
 from .jaxprs import ELEMENTWISE, Equation, Scan, evaluated, source_of
-from .routes import Route
+from .routes import InNamed, Route
 
 Value = Any
 OUTPUT = "the output"
@@ -88,7 +88,8 @@ class Meeting:
     Attributes:
       static: the value.
       loops: the lengths of the loops around, the outermost first.
-      tap: the shape and dtype of what δ is the cotangent of, for one turn of the loops.
+      tap: the shape and dtype of what δ is the cotangent of, for one turn of the loops; where a
+        rule is known by name, of every array that its factors hold.
       route: how the two meet; None where that is not known, and δ is the gradient itself.
       operation: what it is called.
       source: where it is in the user's code.
@@ -96,8 +97,8 @@ class Meeting:
 
     static: Static
     loops: tuple[int, ...]
-    tap: jax.ShapeDtypeStruct
-    route: Route | None
+    tap: Any
+    route: Route | InNamed | None
     operation: str
     source: Source
 

@@ -39,7 +39,7 @@ from .plan import (
     Static,
     Step,
 )
-from .routes import Route, recognised
+from .routes import InNamed, Route, recognised, recognised_by_name
 
 Value = Any
 
@@ -101,6 +101,9 @@ class _Planner:
 
     def equation(self, equation: Equation, refs: list[Ref]) -> list[Ref]:
         """Plans one equation: as a static step, as its own equations, or as an instruction."""
+        by_name = self.by_name(equation, refs)
+        if by_name is not None:
+            return by_name
         inside = called(equation)
         if inside is not None and any(map(self.is_learned, refs)):
             called_in = dataclasses.replace(self, calls=(equation, *self.calls))
@@ -164,6 +167,23 @@ class _Planner:
             meetings.append(self.meeting(refs[i], tap, route, equation))
         return self.instruction(equation, refs, operands=operands, meetings=tuple(meetings))
 
+    def by_name(self, equation: Equation, refs: list[Ref]) -> list[Ref] | None:
+        """A function whose rule is known by its name. Its weights must be static, and in a loop a
+        vocabulary's the same at every turn; else its equations are planned."""
+        operands = tuple(i for i, ref in enumerate(refs) if self.is_learned(ref))
+        if not operands or all(isinstance(ref, Static) for ref in refs):
+            return None
+        routes = recognised_by_name(equation, operands)
+        if not routes:
+            return None
+        for i in next(iter(routes.values())).rule.shared:
+            ref = refs[i]
+            of_turns = isinstance(ref, Static) and any(ref.mapped)
+            if isinstance(ref, Local) or (of_turns and routes[operands[0]].rule.reads):
+                return None
+        meetings = tuple(self.meeting(refs[i], r.taps, r, equation) for i, r in routes.items())
+        return self.instruction(equation, refs, operands=operands, meetings=meetings)
+
     def check_cost(self, equation: Equation, operands: Sequence[int]) -> None:
         """In a loop a gradient for each turn would be kept, so it must be as small as an output."""
         largest = max(math.prod(variable.aval.shape) for variable in equation.outvars)
@@ -174,8 +194,8 @@ class _Planner:
     def meeting(
         self,
         ref: Any,
-        tap: jax.ShapeDtypeStruct,
-        route: Route | None,
+        tap: Any,
+        route: Route | InNamed | None,
         equation: Equation | None,
     ) -> int:
         operation = OUTPUT if equation is None else equation.primitive.name

@@ -7,21 +7,26 @@ loops around, and what one turn has.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
+from ..checks import abstract
 from ..factors.arranged import inverse, reshaped, transposed
 from ..factors.combined import Stacked
 from ..factors.convolved import Convolution, Convolved
-from ..factors.factored import Factored, Outer
+from ..factors.factored import Factored, Itself, Outer, accumulator
 from ..factors.rows import Rows
-from .jaxprs import Equation, LookUp, Product, convolution, look_up, product
+from ..factors.softmax_outer import SoftmaxOuter
+from .jaxprs import Equation, LookUp, Product, convolution, look_up, name_of, product
+from .named import Named, of_name
 
 Shape = tuple[int, ...]
 
@@ -145,6 +150,96 @@ class InConvolution:
         make = functools.partial(Convolved, convolution=self.convolution)
         f = _stacked(make, arrays, [True] * sum(mapped))
         return reshaped(f, (*_lengths(a, mapped), *kernel))
+
+
+@dataclass(frozen=True, eq=False)
+class InNamed:
+    """A function with a rule of its own: its factors are those of the rule's backward.
+
+    Attributes:
+      operand: which of the function's operands the parameter is.
+      shape: of it.
+      like: the factors of a batch of one, as shapes and dtypes.
+    """
+
+    rule: Named
+    operand: int
+    shape: Shape
+    like: Factored
+
+    @property
+    def name(self) -> str:
+        """The function's, as users call it."""
+        return self.rule.name.replace("functional_bp.", "ops.")
+
+    @property
+    def taps(self) -> list[jax.ShapeDtypeStruct]:
+        """Of one example, the arrays in the factors."""
+        return [abstract(a.shape[1:], a.dtype) for a in self.apart(self.like)]
+
+    @staticmethod
+    def apart(factor: Factored) -> list[Array]:
+        """The arrays in the factors, but for what is there on the way forward."""
+        return jax.tree.leaves(_bare(factor))
+
+    def reads(self, values: Sequence[Array]) -> list[Array]:
+        """Operands of integers that factors hold."""
+        return [values[i] for i in self.rule.reads]
+
+    def factor(
+        self, read: list[Array], arrays: list[Array], mapped: tuple[bool, ...], value: Array
+    ) -> Factored:
+        """The factors, from the arrays in them, what was read and the parameter."""
+        if isinstance(self.like, Itself):
+            turns = [1 + i for i, over in enumerate(mapped) if not over]
+            (g,) = arrays
+            return Itself(g.sum(turns, dtype=accumulator(g)) if turns else g)
+        if isinstance(self.like, SoftmaxOuter):
+            return self._of_softmax(read, arrays, len(mapped), value)
+        make = functools.partial(_unflattened, jax.tree.structure(self.like))
+        f = _stacked(make, arrays, mapped)
+        return _laid_out(f, _lengths(arrays[0], mapped), self.shape, range(len(self.shape)))
+
+    def _of_softmax(
+        self, read: list[Array], arrays: list[Array], loops: int, value: Array
+    ) -> Factored:
+        """All turns of the loops are positions."""
+
+        def positions(a: Array) -> Array:
+            return a.reshape(len(a), -1, *a.shape[2 + loops :])
+
+        bare = jax.tree.unflatten(jax.tree.structure(_bare(self.like)), map(positions, arrays))
+        return dataclasses.replace(bare, weight=jnp.asarray(value), ids=positions(read[0]))
+
+
+def _bare(factor: Factored) -> Factored:
+    if isinstance(factor, SoftmaxOuter):
+        there: Any = {"weight": None, "ids": None}
+        return dataclasses.replace(factor, **there)
+    return factor
+
+
+def _unflattened(structure: Any, *arrays: Array) -> Factored:
+    return jax.tree.unflatten(structure, arrays)
+
+
+def recognised_by_name(equation: Equation, learned: Sequence[int]) -> dict[int, InNamed]:
+    """The routes of the operands that are made of parameters, if the function has a rule; else
+    none."""
+    rule = of_name(name_of(equation))
+    avals = [abstract(v.aval.shape, v.aval.dtype) for v in equation.invars]
+    if rule is None or rule.ranks != tuple(len(a.shape) for a in avals):  # as under vmap
+        return {}
+    batch = [
+        a if i in rule.shared else abstract((1, *a.shape), a.dtype) for i, a in enumerate(avals)
+    ]
+
+    def factors(operands: list[Array]) -> list[Factored | None]:
+        outputs, residuals = rule.forward(*operands)
+        return rule.factors(operands, residuals, outputs)
+
+    found = jax.eval_shape(factors, batch)
+    return {i: InNamed(rule, i, tuple(avals[i].shape), found[i]) for i in learned}
 
 
 def recognised(equation: Equation, operand: int) -> Route | None:

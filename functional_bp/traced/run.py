@@ -15,7 +15,9 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from .jaxprs import evaluated, reverse_alone
+from .named import tapped
 from .plan import Body, Choice, Instruction, Local, Loop, Plan, Ref, Remat, Static
+from .routes import InNamed
 
 Value = Any
 Statics = dict[Static, Value]
@@ -73,15 +75,30 @@ def _instruction(
             return list(values)
         return evaluated(instruction.equation, values)
 
+    routes = [body.meetings[i].route for i in instruction.meetings]
+    if routes and isinstance(routes[0], InNamed):
+        return _by_name(routes, given, taps)  # type: ignore[arg-type]
     if not instruction.meetings or taps is None:
         return outputs(given), [()] * len(instruction.meetings)
     route = body.meetings[instruction.meetings[0]].route
     if route is None:
         in_reverse = instruction.equation is not None and reverse_alone(instruction.equation)
-        tapped = _tapped_in_reverse if in_reverse else _tapped_both_ways
-        return tapped(outputs, given, instruction.operands, taps), [()] * len(taps)
+        of_parameters = _tapped_in_reverse if in_reverse else _tapped_both_ways
+        return of_parameters(outputs, given, instruction.operands, taps), [()] * len(taps)
     (output,) = outputs(given)
     return [_tapped(output, taps[0])], [route.reads(given)]
+
+
+def _by_name(
+    routes: list[InNamed], given: list[Value], taps: list[Value] | None
+) -> tuple[list[Value], list[Value]]:
+    """By the function's own rule; its taps' cotangents are the arrays in its factors."""
+
+    def apart(factors: list[Any]) -> list[list[Array]]:
+        return [route.apart(factors[route.operand]) for route in routes]
+
+    outputs = tapped(routes[0].rule, given, taps, apart)
+    return outputs, [() if taps is None else route.reads(given) for route in routes]
 
 
 @jax.custom_jvp
@@ -161,7 +178,8 @@ def _choice(
 
         here = None
         if taps is not None:
-            here = [guarded(tap) for tap in taps[len(reads) : len(reads) + len(body.meetings)]]
+            theirs = taps[len(reads) : len(reads) + len(body.meetings)]
+            here = jax.tree.map(guarded, theirs)
         outputs, read = run(body, statics, list(map(guarded, given)), here)
         found = [jnp.where(chosen, *pair) for pair in zip(outputs, found)] if found else outputs
         reads += read
