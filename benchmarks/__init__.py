@@ -20,6 +20,6 @@ The first word of a name says what a candidate is: *ours*; *usual*, what most pe
 """
 
 FAMILIES = (
-    *("mlp", "normalisation", "quantities", "traced", "deep", "recurrent", "training"),
-    "imports",
+    *("mlp", "normalisation", "quantities", "traced", "deep", "recurrent", "transformers"),
+    *("training", "imports"),
 )

@@ -187,7 +187,11 @@ def _torch(name: str, hidden: int, x: Array, y: Array) -> tuple[Callable, tuple]
 def _peak(shape: tuple, gates: int) -> tuple[Callable, tuple]:
     steps, examples, features, hidden = shape
     # Forward and the weights' gradients meet features and units; δ back through time, units.
-    operations = 2 * steps * examples * gates * hidden * (2 * features + 3 * hidden)
+    return peak_of(2 * steps * examples * gates * hidden * (2 * features + 3 * hidden))
+
+
+def peak_of(operations: int) -> tuple[Callable, tuple]:
+    """Products of square matrices with so many operations, as large ones as may be."""
     size = next(m for m in (1024, 512, 256, 128) if operations >= 8 * m**3 or m == 128)
     times = max(1, round(operations / (2 * size**3)))
     a = jax.random.normal(jax.random.key(0), (size, size)) / size**0.5

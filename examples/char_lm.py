@@ -9,13 +9,10 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import math
-import os
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,31 +21,24 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import options
+from text import HELD_OUT, Kept, TextError, characters_and_ids, text_of, windows
 
 import functional_bp as bp
 
 CELLS: dict[str, Callable[[int], bp.Layer]] = {"lstm": bp.lstm, "gru": bp.gru, "rnn": bp.rnn}
 LOSS = bp.losses.softmax_cross_entropy
-HELD_OUT = 0.05  # of the text, at its end
+NAME = "char-lm"  # of what a run keeps
 
 Tree = Any
 
 
-class TextError(Exception):
-    """A text that cannot be learnt from; the message says why."""
-
-
 def main() -> None:
     given = parser().parse_args()
-    text = default_text() if given.text is None else read_text(given.text)
-    least = math.ceil(2 * given.length / HELD_OUT) + 2  # a window to hold out, and then some
-    if len(text) < least:
-        raise TextError(f"text: takes at least {least:,} characters, got {len(text):,}")
-    characters = sorted(set(text))
-    ids = np.searchsorted(characters, list(text)).astype(np.int32)
-    cut = len(ids) - int(HELD_OUT * len(ids))
-    print(f"{cut:,} characters to learn from, {len(ids) - cut:,} held out, {len(characters)} kinds")
-    check_resumed(given, characters)
+    # A window to hold out, and then some.
+    text = text_of(given.text, math.ceil(2 * given.length / HELD_OUT) + 2)
+    characters, ids, cut = characters_and_ids(text)
+    kept = Kept(given.out, NAME)
+    kept.begin(characters, given.resume)
 
     layers = bp.embedding(len(characters), 64), CELLS[given.cell](given.units)
     model = bp.chain(*layers, bp.dense(len(characters)))
@@ -56,36 +46,14 @@ def main() -> None:
     try:
         run = learn(model, ids[:cut], ids[cut:], given)
     except KeyboardInterrupt:
-        kept = f"--resume goes on from {checkpoints(given)}"
-        print(f"stopped; {kept if has_checkpoints(given) else 'no step is done'}", file=sys.stderr)
-        sys.exit(130)  # as a program does that Ctrl-C ends
+        kept.stop()
 
-    seed_text = text[cut : cut + 1]
-    first = np.searchsorted(characters, list(seed_text)).astype(np.int32)
+    first = ids[cut : cut + 1]
     for temperature in given.temperature:
         key = jax.random.key(given.seed)
         written = sample(layers, run.params, first, given.sample, temperature, key)
         print(f"\n--- temperature {temperature} ---")
-        print(seed_text + "".join(characters[i] for i in written))
-
-
-def default_text() -> str:
-    from pydoc_data.topics import topics
-
-    return "\n\n".join(topics.values())
-
-
-def read_text(path: Path) -> str:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        message = f"{path}: takes text in UTF-8, got {error.reason} at byte {error.start}"
-        raise TextError(message) from error
-    except OSError as error:
-        raise TextError(f"{path}: {error.strerror}") from error
-    if not text:
-        raise TextError(f"{path}: takes a text, got an empty file")
-    return text
+        print(text[cut] + "".join(characters[i] for i in written))
 
 
 def learn(
@@ -115,25 +83,10 @@ def learn(
         epochs=given.epochs,
         evaluation=list(windows(held_out, 2 * length, size, None)),
         callbacks=[report],
-        checkpoints=checkpoints(given),
+        checkpoints=Kept(given.out, NAME).checkpoints,
         resume=given.resume,
         progress=False,  # it would run into what is printed here
     )
-
-
-def windows(
-    ids: np.ndarray, length: int, size: int, seed: tuple[int, int] | None
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Batches of (characters, the characters that follow), ``(size, length)`` each, from a random
-    place on and in random order; without a seed, from the beginning in order."""
-    random = np.random.default_rng(seed)
-    first = 0 if seed is None else int(random.integers(length))
-    starts = np.arange(first, len(ids) - length, length)
-    if seed is not None:
-        random.shuffle(starts)
-    for begin in range(0, len(starts), size):
-        positions = starts[begin : begin + size, None] + np.arange(length)
-        yield ids[positions], ids[positions + 1]
 
 
 def sample(
@@ -163,64 +116,6 @@ def sample(
     start = ((dict.fromkeys(parts, zeros),), jnp.asarray(first))
     write = jax.jit(functools.partial(jax.lax.scan, step))
     return np.asarray(write(start, jax.random.split(key, count))[1])
-
-
-def checkpoints(given: argparse.Namespace) -> Path:
-    return given.out / "char-lm-checkpoints"
-
-
-def has_checkpoints(given: argparse.Namespace) -> bool:
-    return any(path.name.isdigit() for path in checkpoints(given).glob("*"))
-
-
-def check_resumed(given: argparse.Namespace, characters: list[str]) -> None:
-    """A resumed run takes the characters of the run it goes on with: their ids are the model's."""
-    given.out.mkdir(parents=True, exist_ok=True)
-    known = given.out / "char-lm-characters.json"
-    if given.resume and has_checkpoints(given):
-        theirs = read_characters(known)
-        if theirs != characters:
-            differ = sorted(set(theirs) ^ set(characters))
-            raise TextError(
-                f"--resume: takes the text of the run in {given.out}, got one with other "
-                f"characters: {differ}"
-            )
-    else:
-        bp.delete_checkpoints(checkpoints(given))  # refused while another run writes there
-    write_characters(known, characters)
-
-
-def read_characters(path: Path) -> list[str]:
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise TextError(
-            f"--resume: takes {path}, the characters of the run to go on with: {error.strerror}"
-        ) from error
-    try:
-        characters = json.loads(content)
-    except ValueError:  # neither JSON nor UTF-8
-        characters = None
-    if not isinstance(characters, list) or not all(isinstance(c, str) for c in characters):
-        raise TextError(
-            f"--resume: takes {path}, a JSON list of the characters of the run to go on with, got "
-            f"{len(content)} bytes that are not a whole one"
-        )
-    return characters
-
-
-def write_characters(path: Path, characters: list[str]) -> None:
-    """The file is there whole or not at all, and is left alone where it says the same."""
-    content = json.dumps(characters)
-    try:
-        if path.exists() and path.read_text(encoding="utf-8", errors="replace") == content:
-            return
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as folder:
-            written = Path(folder) / path.name
-            written.write_text(content, encoding="utf-8")
-            os.replace(written, path)
-    except OSError as error:
-        raise TextError(f"{path}: could not be written: {error.strerror}") from error
 
 
 def parser() -> argparse.ArgumentParser:

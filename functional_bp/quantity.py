@@ -121,6 +121,13 @@ class Recursion:
         """What ``contract`` makes of the factors of Σₙ wₙ Cₙ."""
         return self.cost.backward(self.params, self.residuals, weights, contract)[1]
 
+    def with_costs(self, weights: Array, contract: Tree) -> tuple[Array, Tree]:
+        """The costs with what ``backward`` gives: those of its own sweep from a loss that makes
+        them again there, so that the compiler drops the sweep before where nothing else needs it.
+        """
+        costs, results = self.cost.backward(self.params, self.residuals, weights, contract)
+        return self.costs if costs is None else costs, results
+
     def renewed(self) -> Tree:
         """The parameters with their state as it is after this batch."""
         return self.cost.renew(self.params, self.residuals)

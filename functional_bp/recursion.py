@@ -92,7 +92,8 @@ def with_loss(model: Model, loss: Loss | None) -> Layer:
     """A model and its loss as one layer, from (x, y) to the costs C, ``(batch,)``.
 
     The δ that its backward takes are the weights wₙ = ∂(objective)/∂Cₙ. They scale δ^L, once, and
-    with it everything below.
+    with it everything below. What it gives in place of ∂C/∂(x, y) are the costs, if the loss makes
+    them anew on the way back, else None.
     """
     model, loss = paired(model, loss)
     return loss.joined(_ended(model, loss.layer, has_parameters=loss.has_parameters))
@@ -150,13 +151,13 @@ def _ended(model: Layer, last: Layer, *, has_parameters: bool) -> Layer:
 
     def backward(
         params: Tree, residuals: Tree, weights: Array, contract: Tree = keep
-    ) -> tuple[None, Tree]:
+    ) -> tuple[Tree, Tree]:
         of_model, of_loss = split(params)
         asked, asked_of_loss = split(contract)
         residuals, ends = residuals
-        (delta, _), of_last = last.backward(of_loss, ends, weights, asked_of_loss)  # BP1
+        (delta, costs), of_last = last.backward(of_loss, ends, weights, asked_of_loss)  # BP1
         _, results = model.backward(of_model, residuals, barred(delta), asked)  # BP2–BP4
-        return None, results if asks_layers(contract) else joined(results, of_last)
+        return costs, results if asks_layers(contract) else joined(results, of_last)
 
     def renew(params: Tree, residuals: Tree) -> Tree:
         of_model, of_loss = split(params)

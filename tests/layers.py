@@ -204,6 +204,14 @@ RULES = {
         bp.attention(2, causal=False, alibi=True),
         {"x": POSITIONS, "length": 1},
     ),
+    "attention with a bias and a mask": (
+        bp.attention(2),
+        {
+            "x": POSITIONS,
+            "bias": jax.ShapeDtypeStruct((2, 2, 2), jnp.float32),
+            "mask": jnp.array([[True, False], [True, True]]),
+        },
+    ),
     "attention to another sequence": (
         bp.attention(2, causal=False, window=2),
         {"x": POSITIONS, "context": SEQUENCE, "context_length": 2},
@@ -231,6 +239,7 @@ COMBINED = {
     "residual": (bp.residual(block()), VECTOR),
     "residual with a projection": (bp.residual(bp.dense(2), bp.dense(2, bias=False)), VECTOR),
     "parallel": (bp.parallel(bp.dense(4), bp.tanh, scale()), VECTOR),
+    "parallel by name": (bp.parallel(b=bp.dense(4), a=bp.chain(bp.tanh, bp.dense(2))), VECTOR),
     "sum of branches": (bp.chain(bp.parallel(bp.dense(4), bp.tanh), bp.add), VECTOR),
     "product of branches": (bp.chain(bp.parallel(bp.dense(4), bp.tanh), bp.multiply), VECTOR),
     "branches side by side": (

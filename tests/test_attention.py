@@ -67,6 +67,42 @@ def check_close(a, b):
         assert jnp.abs(one - other).max() <= 1e-11 * (largest if largest > 1e-13 else 1)
 
 
+PAIRS = {
+    "bias": lambda t, s: {"bias": jnp.cos(jnp.arange(t * s)).reshape(t, s)},
+    "bias of each head": lambda t, s: {"bias": jnp.cos(jnp.arange(4 * t * s)).reshape(4, t, s)},
+    "mask": lambda t, s: {"mask": (jnp.arange(t * s) % 5 < 3).reshape(t, s).at[2].set(False)},
+    "both": lambda t, s: PAIRS["bias"](t, s) | PAIRS["mask"](t, s),
+    "a bias of −∞": lambda t, s: {"bias": jnp.where(PAIRS["mask"](t, s)["mask"], 0.5, -jnp.inf)},
+}
+
+
+@pytest.mark.parametrize("to", ["itself", "a context"])
+@pytest.mark.parametrize("name", PAIRS)
+def test_what_is_given_for_each_pair_of_positions(name, to, monkeypatch):
+    monkeypatch.setattr(streamed, "BLOCK", 4)
+    with jax.enable_x64(True):
+        t, s = (9, 9) if to == "itself" else (9, 7)
+        layer = bp.attention(4, kv_heads=2, causal=to == "itself")
+        keys = jax.random.split(jax.random.key(0), 3)
+        x = {"x": jax.random.normal(keys[0], (2, t, 8))}
+        x |= jax.tree.map(lambda a: jnp.stack([a, a]), PAIRS[name](t, s))
+        if to == "a context":
+            x["context"] = jax.random.normal(keys[1], (2, s, 8))
+        params = moved(layer.init(keys[2], jax.tree.map(lambda a: a[0], x)))
+        floats = {k: v for k, v in x.items() if v.dtype != bool}
+
+        def both(params, floats):
+            y, residuals = layer.forward(params, x | floats)
+            dy = jax.tree.map(lambda a: jnp.sin(a) if a.dtype != bool else None, y)
+            zeros = {k: jnp.zeros_like(v) if k != "x" else dy[k] for k, v in floats.items()}
+            dx, totals = layer.backward(params, residuals, dy | zeros, bp.contractions.total)
+            wanted, pull = jax.vjp(lambda p, f: layer.reference(p, x | f)["x"], params, floats)
+            return (y["x"], totals, {k: dx[k] for k in floats}), (wanted, *pull(dy["x"]))
+
+        given, wanted = jax.jit(both)(params, floats)
+        check_close(given, wanted)
+
+
 @pytest.mark.parametrize("lengths", [[0, 5], [9, 4], [1, 9]])
 @pytest.mark.parametrize("causal", [True, False])
 def test_padding_is_seen_by_nobody(lengths, causal, monkeypatch):

@@ -1,6 +1,5 @@
 """The examples, as a newcomer runs them, shortened."""
 
-import argparse
 import errno
 import gzip
 import importlib
@@ -112,6 +111,8 @@ PARSERS = {  # what each example needs
     "dp_sgd": "dp_accounting",
     "flax_gpt": "flax",
     "flax_private": "flax",
+    "gpt": "matplotlib",
+    "gpt2": "safetensors",
     "kfac_autoencoder": "matplotlib",
     "mislabelled": "equinox",
     "noise_scale": "flax",
@@ -145,7 +146,7 @@ def test_every_option_of_every_example_says_what_it_takes(example, tmp_path, cap
             continue
         kind = "choice" if action.choices else action.type.__qualname__.split(".")[0]
         for value in ("unheard-of",) if action.choices else wrong[kind]:
-            if (action.dest, value) == ("seed", "0"):
+            if (action.dest, value) in (("seed", "0"), ("prompt_ids", "0")):
                 continue
             option = action.option_strings[-1]
             with pytest.raises(SystemExit) as stopped:
@@ -377,7 +378,7 @@ def test_the_characters_of_a_run_are_kept_whole(learn_text, tmp_path, monkeypatc
 
 
 def test_a_run_of_the_example_is_left_alone_by_another(learn_text, tmp_path, monkeypatch):
-    import char_lm
+    from text import Kept
 
     fit = bp.fit
 
@@ -393,7 +394,7 @@ def test_a_run_of_the_example_is_left_alone_by_another(learn_text, tmp_path, mon
     monkeypatch.setattr(bp, "fit", another)
     learn_text(PANGRAM * 40, "--epochs", 1)
     assert json.loads((tmp_path / "char-lm-characters.json").read_text()) == sorted(set(PANGRAM))
-    assert char_lm.has_checkpoints(argparse.Namespace(out=tmp_path))
+    assert Kept(tmp_path, "char-lm").has_checkpoints()
 
 
 @pytest.mark.parametrize(

@@ -52,6 +52,7 @@ BAD = {
     "finite": NO_NUMBERS,
     "above 0": (*NO_NUMBERS, 0.0, -1.0),
     "above 0 or none": tuple(bad for bad in (*NO_NUMBERS, 0.0, -1.0) if bad is not None),
+    "from 0": (*NO_NUMBERS, -0.1),
     "from 0 below 1": (*NO_NUMBERS, -0.1, 1.0),
     "above 1 or none": tuple(bad for bad in (*NO_NUMBERS, 0.0, 1.0) if bad is not None),
     "above 0 to 1": (*NO_NUMBERS, 0.0, 1.1),
@@ -116,7 +117,7 @@ BAD = {
 # What the public functions call their arguments, and what they are. The same name is the same kind
 # of thing everywhere, but for those that ``IN`` names.
 KINDS = {
-    **dict.fromkeys(("model", "layer", "shortcut", "layers"), "layer"),
+    **dict.fromkeys(("model", "layer", "shortcut", "layers", "named"), "layer"),
     "loss": "loss",
     **dict.fromkeys(("sigma", "dsigma", "weight_init", "bias_init", "check"), "function"),
     **dict.fromkeys(("value", "delta", "local", "factors"), "function"),
@@ -236,7 +237,14 @@ GOOD = {
     **{"local": a_function, "factors": a_function, "state": ("h",), "hidden": 2, "features": 3},
     **{"heads": 2, "length": 3},
     **{"vocabulary": 4, "size": 2, "max_norm": 1.0, "threshold": 1.0, "rate": 0.1},
-    **{"smoothing": 0.1, "learning_rate": 0.1, "entry": "x", "ties": {}, "params": PARAMS},
+    **{
+        "smoothing": 0.1,
+        "z_loss": 0.0,
+        "learning_rate": 0.1,
+        "entry": "x",
+        "ties": {},
+        "params": PARAMS,
+    },
     **{"like": PARAMS, "trained": PARAMS, "frozen": None, "x": X, "y": Y, "key": KEY},
     **{"optimizer": optax.sgd(0.1), "batches": [(X, Y)], "weights": np.ones(4), "v": PARAMS},
     **{"path": "no-such-folder/params.safetensors", "folder": "no-such-folder"},
@@ -311,9 +319,9 @@ def call(function, given):
     positional, named = [], {}
     for argument in inspect.signature(FUNCTIONS[function]).parameters.values():
         if argument.kind is argument.VAR_POSITIONAL:
-            positional = [given.get(argument.name, GOOD["layer"])]
+            positional = [] if "named" in given else [given.get(argument.name, GOOD["layer"])]
         elif argument.kind is argument.VAR_KEYWORD:
-            continue
+            named |= {"one": given[argument.name]} if argument.name in given else {}
         elif argument.name in given:
             named[argument.name] = given[argument.name]
         elif (function, argument.name) in GOOD_IN:

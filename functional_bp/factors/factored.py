@@ -117,10 +117,10 @@ class Factored:
     def _gram_with_outer(self, outer: Outer) -> Array:
         return Factored.gram(self, outer)
 
-    def _inner_with_rows(self, rows: Factored) -> Array:
+    def _inner_with_rows(self, rows: Any) -> Array:
         return Factored.inner(self, rows)
 
-    def _gram_with_rows(self, rows: Factored) -> Array:
+    def _gram_with_rows(self, rows: Any) -> Array:
         return Factored.gram(self, rows)
 
 

@@ -24,22 +24,28 @@ from .factored import (
 )
 from .rows import Rows
 
-NUMBERS = 2**20  # logits in a block
+NUMBERS = 2**20  # logits in a block, where so many rows do not have more
+LEAST = 128  # rows in a block, for products to be fast
 
 Carried = Any
 Step = Callable[[Carried, Array | int, int], Carried]
 
 
-def over_blocks(step: Step, carried: Carried, rows: int, vectors: int) -> Carried:
-    """``step(carried, first, count)`` for ``count`` rows of a table from ``first`` on at a time, as
-    many as have ``NUMBERS`` products with so many vectors."""
-    count = min(rows, max(128, NUMBERS // vectors))
-    whole, rest = divmod(rows, count)
+def over_blocks(step: Step, carried: Carried, length: int, size: int) -> Carried:
+    """``step(carried, first, count)`` for ``count`` from ``first`` on of so many, until all are
+    done: ``size`` at a time, and the rest."""
+    size = min(length, size)
+    whole, rest = divmod(length, size)
     if whole == 1:
-        carried = step(carried, 0, count)
+        carried = step(carried, 0, size)
     else:
-        carried = lax.fori_loop(0, whole, lambda i, c: step(c, i * count, count), carried)
-    return step(carried, whole * count, rest) if rest else carried
+        carried = lax.fori_loop(0, whole, lambda i, c: step(c, i * size, size), carried)
+    return step(carried, whole * size, rest) if rest else carried
+
+
+def rows_at_once(vectors: int) -> int:
+    """Of how many rows of a table the products with so many vectors are made at a time."""
+    return max(LEAST, NUMBERS // vectors)
 
 
 @functools.partial(
@@ -90,8 +96,8 @@ class SoftmaxOuter(Factored):
         def one(f: SoftmaxOuter) -> Array:
             return f._of_examples(lambda leaf: leaf[None]).total()
 
-        axes = dataclasses.replace(self._of_examples(lambda _: 0), weight=None)
-        return jax.vmap(one, (axes,))(self)
+        axes: Any = self._of_examples(lambda _: 0)
+        return jax.vmap(one, (dataclasses.replace(axes, weight=None),))(self)
 
     def scaled(self, weights: Array) -> SoftmaxOuter:
         s, q, r = (per_example(weights, a) for a in (self.scale, self.target, self.rest))
@@ -128,9 +134,9 @@ class SoftmaxOuter(Factored):
 
         return self._summed(of_rows, len(self.ids), len(other.ids))
 
-    def _inner_with_rows(self, other: Rows) -> Array:
+    def _inner_with_rows(self, rows: Rows) -> Array:
         """Σ_ts u_t[k_s] (v_t · v'_s), where u is needed at the rows that were looked up alone."""
-        g = other._positions()
+        g = rows._positions()
         (n, t), s = self.ids.shape, g.ids.shape[1]
 
         def block(start: Array | int, size: int) -> Array:
@@ -141,8 +147,8 @@ class SoftmaxOuter(Factored):
 
         return summed_blocks(block, s, block_size(s, (self.h, self.v, g), n * t))
 
-    def _gram_with_rows(self, other: Rows) -> Array:
-        return other.by_example(self).T
+    def _gram_with_rows(self, rows: Rows) -> Array:
+        return rows.by_example(self).T
 
     def columns(self, first: Array | int, count: int) -> SoftmaxOuter:
         return dataclasses.replace(self, v=block_of(self.v, first, count, -1))
@@ -160,8 +166,11 @@ class SoftmaxOuter(Factored):
     def _summed(self, of_rows: Callable[[Array | int, int], Array], *shape: int) -> Array:
         """Σ ``of_rows(first, count)`` over the parameter's rows."""
         zeros = jnp.zeros(shape, accumulator(self.v))
-        step: Step = lambda sums, first, count: sums + of_rows(first, count)
-        return over_blocks(step, zeros, len(self.weight), self.ids.size)
+
+        def step(sums: Array, first: Array | int, count: int) -> Array:
+            return sums + of_rows(first, count)
+
+        return over_blocks(step, zeros, len(self.weight), rows_at_once(self.ids.size))
 
     def _by_rows(self, of_rows: Callable[[Outer], Array]) -> Array:
         """What has the parameter's shape, rows by rows."""
@@ -172,4 +181,4 @@ class SoftmaxOuter(Factored):
 
         shape = (len(self.weight), self.v.shape[-1])
         found = jnp.zeros(shape, accumulator(self.v))
-        return over_blocks(step, found, len(self.weight), self.ids.size)
+        return over_blocks(step, found, len(self.weight), rows_at_once(self.ids.size))

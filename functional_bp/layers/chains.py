@@ -72,12 +72,17 @@ def chain(*layers: Layer) -> Layer:
     forward="y = (layer_1(x), …, layer_k(x)), a tuple",
     backward="∂C/∂x = Σ_i ∂C/∂x through layer i",
 )
-def parallel(*layers: Layer) -> Layer:
+def parallel(*layers: Layer, **named: Layer) -> Layer:
     """Layers side by side on the same input.
 
-    ``bp.add``, ``bp.multiply`` and ``bp.concatenate()`` make one array of the tuple.
+    ``bp.add``, ``bp.multiply`` and ``bp.concatenate()`` make one array of the tuple. Of layers that
+    are given by name the outputs are a dict, as attention to another sequence takes it:
+    ``bp.parallel(x=bp.entry("x"), context=bp.chain(bp.entry("source"), encoder))``.
 
-    Parameters are a tuple with one entry per layer.
+    Parameters are a tuple with one entry per layer, in the order in which they are given.
+
+    Raises:
+      ModelError: without a layer, and where some are given by name and some not.
 
     Example:
       >>> model = bp.chain(bp.parallel(bp.dense(2), bp.dense(3)), bp.concatenate())
@@ -85,7 +90,31 @@ def parallel(*layers: Layer) -> Layer:
       >>> model.apply(params, jnp.ones((1, 4))).shape
       (1, 5)
     """
-    return _on_one_input("parallel", layers, parallel)
+    if layers and named:
+        raise ModelError(
+            f"parallel: takes all layers by name or none, got {len(layers)} without and "
+            f"{', '.join(named)}"
+        )
+    return _by_name(named) if named else _on_one_input("parallel", layers, parallel)
+
+
+def _by_name(named: dict[str, Layer]) -> Layer:
+    def rebuild(*parts: Layer) -> Layer:
+        return parallel(**dict(zip(named, parts)))
+
+    sides = _on_one_input("parallel", tuple(named.values()), rebuild)
+
+    def forward(params: Tree, x: Tree, key: Array | None = None) -> tuple[Tree, Tree]:
+        ys, residuals = sides.forward(params, x, key)
+        return dict(zip(named, ys)), residuals
+
+    def backward(
+        params: Tree, residuals: Tree, dy: Tree, contract: Tree = keep
+    ) -> tuple[Tree, Tree]:
+        return sides.backward(params, residuals, tuple(dy[n] for n in named), contract)
+
+    told = ", ".join(f"{name}={layer.name}" for name, layer in named.items())
+    return dataclasses.replace(sides, name=f"parallel({told})", forward=forward, backward=backward)
 
 
 def _on_one_input(name: str, layers: tuple[Layer, ...], rebuild: Callable[..., Layer]) -> Layer:

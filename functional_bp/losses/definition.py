@@ -43,7 +43,8 @@ class Loss(Value):
       init: ``(key, a, y) -> params``, of a loss that has parameters.
       head: the layer and the loss without parameters that it is the same as, if it says so.
       over_batch: the loss as a layer over a batch, from (a, y) to C, where it does not follow from
-        ``value`` and ``delta``.
+        ``value`` and ``delta``. In place of ∂C/∂y its backward may give C, where that is made anew
+        on the way back.
       joined: what is made of the layer from (x, y) to C: ties between its two parts.
       equations, doc: what ``help`` shows.
     """

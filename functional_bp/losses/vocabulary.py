@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -11,12 +12,13 @@ import jax.numpy as jnp
 from jax import Array
 
 from ..checks import ModelError, abstract, described, function, number, whole
-from ..contractions import asks_layers, contract_factors, keep
+from ..contractions import asks_layers, contract_factors, keep, total
 from ..docstrings import explained
 from ..factors.factored import Outer, accumulator, block_of, einsum, per_example
-from ..factors.softmax_outer import SoftmaxOuter, over_blocks
+from ..factors.softmax_outer import SoftmaxOuter, over_blocks, rows_at_once
 from ..layer import Layer
 from ..layers.dense import dense
+from . import by_positions
 from .classification import smoothed_softmax_cross_entropy, softmax_cross_entropy
 from .definition import Loss, loss
 from .targets import ids_or_probabilities, target_and_mask
@@ -150,7 +152,8 @@ class _OverVocabulary:
     def check(self, a: Array, y: Tree) -> None:
         if getattr(a, "ndim", 0) < 2 or not jnp.issubdtype(a.dtype, jnp.floating):
             raise ModelError(f"takes outputs (…, features) of each example, got {described(a)}")
-        ids_or_probabilities(abstract((*a.shape[:-1], self.vocabulary), a.dtype), y)
+        logits: Any = abstract((*a.shape[:-1], self.vocabulary), a.dtype)
+        ids_or_probabilities(logits, y)
         if getattr(y["y"] if isinstance(y, dict) else y, "ndim", 0) == a.ndim:
             raise ModelError(f"takes targets as ids, not probabilities, got {described(y)}")
 
@@ -176,20 +179,38 @@ class _OverVocabulary:
         a, y = ay
         self.check(a, y)
         self.check_parameters(params, a)
-        ids, shares = (leaf.reshape(len(a), -1) for leaf in jax.vmap(_ids_and_shares)(a, y))
-        h = a.reshape(*ids.shape, a.shape[-1])
+        ids, shares = jax.vmap(_ids_and_shares)(a, y)
+        h = a.reshape(len(a), -1, a.shape[-1])
+        ids = ids.reshape(h.shape[:2])
         costs, kept = forward(params["weight"], h, ids, self.smoothing, self.z_loss)
-        return jnp.where(shares > 0, shares * costs, 0).sum(1), (kept, shares)
+        return _means(costs, shares), (kept, shares)
 
     def backward(
         self, params: Tree, residuals: Tree, weights: Array, contract: Tree = keep
     ) -> tuple[Tree, Tree]:
         kept, shares = residuals
-        d_costs = per_example(weights, shares)
-        dh, factor = backward(params["weight"], kept, d_costs, self.smoothing, self.z_loss)
-        dh = jnp.where(shares[..., None] > 0, dh, 0)
+        weight, d_costs = params["weight"], per_example(weights, shares).reshape(kept.ids.shape)
+        options = self.smoothing, self.z_loss
+        # Where the gradient alone is asked for, all is made anew in one sweep, C too (in the place
+        # of ∂C/∂y), and the sweep of the way forward is dropped by the compiler.
+        in_one_sweep = by_positions.fit(len(weights), self.vocabulary)
+        if in_one_sweep and not asks_layers(contract) and contract["weight"].asks is total.asks:
+            costs, dh, dW = by_positions.swept(weight, kept.h, kept.ids, d_costs, *options)
+            return (_where_counted(dh, shares), _means(costs, shares)), {"weight": dW}
+        dh, factor = backward(weight, kept, d_costs, *options)
         results = () if asks_layers(contract) else contract_factors(contract, {"weight": factor})
-        return (dh, None), results
+        return (_where_counted(dh, shares), None), results
+
+
+def _means(costs: Array, shares: Array) -> Array:
+    """C of each example, from the costs of its positions."""
+    return jnp.where(shares > 0, shares * costs.reshape(shares.shape), 0).sum(range(1, shares.ndim))
+
+
+def _where_counted(dh: Array, shares: Array) -> Array:
+    """∂C/∂a, on the axes of a."""
+    dh = dh.reshape(*shares.shape, dh.shape[-1])
+    return jnp.where(shares[..., None] > 0, dh, 0)
 
 
 # ---- on arrays: n examples, t positions, d features, k rows of W
@@ -247,15 +268,15 @@ def _expected(weight: Array, h: Array) -> tuple[Array, Array]:
     dtype = accumulator(h)
 
     def step(carried: Tree, first: Array | int, count: int) -> Tree:
-        highest, total, sums = carried
+        highest, all_, sums = carried
         rows = block_of(weight, first, count, 0)
         z = einsum("ntd,kd->ntk", h, rows)
         new = jnp.maximum(highest, z.max(-1))
         p, shrunk = jnp.exp(z - new[..., None]), jnp.exp(highest - new)
         more = einsum("ntk,kd->ntd", p.astype(rows.dtype), rows)
-        return new, total * shrunk + p.sum(-1), sums * shrunk[..., None] + more
+        return new, all_ * shrunk + p.sum(-1), sums * shrunk[..., None] + more
 
     shape = h.shape[:-1]
     none = jnp.full(shape, LOW, dtype), jnp.zeros(shape, dtype), jnp.zeros(h.shape, dtype)
-    highest, total, sums = over_blocks(step, none, len(weight), shape[0] * shape[1])
-    return highest + jnp.log(total), sums / total[..., None]
+    highest, all_, sums = over_blocks(step, none, len(weight), rows_at_once(math.prod(shape)))
+    return highest + jnp.log(all_), sums / all_[..., None]

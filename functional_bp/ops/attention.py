@@ -135,7 +135,7 @@ def _function(causal: bool, window: int | None, alibi: bool) -> Callable[..., Ar
     def backward(kept: Tree, dy: Array) -> tuple[Array | None, ...]:
         q, k, v, lengths, o, log_sum = kept
         of_heads, do = in_heads(q, k, v), in_groups(dy, k.shape[-2])
-        dq, dk, dv = streamed.backward(*of_heads, o, log_sum, do, mask(q, k, lengths))
+        dq, dk, dv, _ = streamed.backward(*of_heads, o, log_sum, do, mask(q, k, lengths))
         return out_of_groups(dq), jnp.swapaxes(dk, 1, 2), jnp.swapaxes(dv, 1, 2), None
 
     function.defvjp(forward, backward)

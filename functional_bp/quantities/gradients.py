@@ -94,8 +94,8 @@ def value_and_grad(
     def manual(batch: Batch) -> Results:
         r = batch.recursion(cost)
         contract = jax.tree.map(lambda f: drop if f else total, untrained(batch.params))
-        gradients = r.backward(r.weights, contract)
-        return Results(gradients, r.weights @ r.costs, renewed=r.renewed() if renew else ())
+        costs, gradients = r.with_costs(r.weights, contract)
+        return Results(gradients, r.weights @ costs, renewed=r.renewed() if renew else ())
 
     def autodiff(batch: Batch) -> Results:
         def mean_cost(trained: Tree) -> tuple[Array, Tree]:

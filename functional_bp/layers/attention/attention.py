@@ -61,6 +61,8 @@ def attention(
         length          an integer: the positions from there on are padding, which nobody sees
         context         (s, features'), what is attended to in place of x
         context_length  of it
+        mask            bools (t, s): which of the s positions, by column, each of the t may see
+        bias            (t, s) or (heads, t, s): is added to e, and has a gradient; −∞ is not seen
 
     of which all but ``x`` may be left out; the output is an array for an array, else the dict with
     the output in place of ``x``. Where no position counts, o is 0.
@@ -143,6 +145,7 @@ class _Attention:
             a = inputs.get(name)
             if a is not None and (getattr(a, "ndim", 0) != 2 or not _floating(a)):
                 raise ModelError(f"takes {name} of shape (t, features), got {described(a)}")
+        self._check_pairs(inputs)
         features = inputs["x"].shape[-1]
         if self.size is None and features % self.heads:
             raise ModelError(f"takes features that {self.heads} heads divide, got {features}")
@@ -156,6 +159,24 @@ class _Attention:
         names = {"query", "key", "value", "output"}
         if params is not None and (not isinstance(params, dict) or set(params) != names):
             raise ModelError(f"takes parameters {sorted(names)}, got {described(params)}")
+
+    def _check_pairs(self, inputs: Tree) -> None:
+        """What there is for every pair of positions."""
+        pairs = len(inputs["x"]), len(inputs.get("context", inputs["x"]))
+        mask, bias = inputs.get("mask"), inputs.get("bias")
+        if mask is not None and (mask.shape != pairs or mask.dtype != bool):
+            raise ModelError(f"takes a mask of bools {pairs}, got {described(mask)}")
+        shapes = pairs, (self.heads, *pairs)
+        if bias is not None and (bias.shape not in shapes or not _floating(bias)):
+            raise ModelError(f"takes a bias of {shapes[0]} or {shapes[1]}, got {described(bias)}")
+        for name, count in zip(("length", "context_length"), pairs):
+            length = inputs.get(name)
+            if length is not None and not (
+                getattr(length, "shape", None) == () and jnp.issubdtype(length.dtype, jnp.integer)
+            ):
+                raise ModelError(
+                    f"takes {name} as an integer up to {count}, got {described(length)}"
+                )
 
     def init(self, key: Array, x: Tree) -> Tree:
         inputs = _as_tree(x)
@@ -186,7 +207,7 @@ class _Attention:
             return d_in
 
         do = self._heads(back("output", together, _as_tree(dy)["x"]), o.shape)
-        dq, dk, dv = streamed.backward(q, k, v, o, log_sum, do, self._mask(inputs))
+        dq, dk, dv, d_bias = streamed.backward(q, k, v, o, log_sum, do, self._mask(inputs))
         if self.rotary is not None:
             dq, dk = (rotated(d, self.rotary, back=True) for d in (dq, dk))
         x, context = inputs["x"], inputs.get("context", inputs["x"])
@@ -194,7 +215,10 @@ class _Attention:
         d_context = back("key", context, _side_by_side(dk)) + back(
             "value", context, _side_by_side(dv)
         )
-        return _input_deltas(inputs, dy, dx, d_context), factors
+        dx = _input_deltas(inputs, dy, dx, d_context)
+        if d_bias is not None:
+            dx["bias"] = dy["bias"] + d_bias.reshape(inputs["bias"].shape)
+        return dx, factors
 
     def _projected(self, layers: Any, params: Tree, inputs: Tree) -> tuple[Array, Array, Array]:
         """q ``(n, g, r, t, d)``, k and v ``(n, g, s, d)``, with their positions in them."""
@@ -223,7 +247,12 @@ class _Attention:
         slopes = None
         if self.alibi:
             slopes = alibi_slopes(self.heads).reshape(self.groups, -1).astype(x.dtype)
-        return Mask(self.causal, self.window, x.shape[1], context.shape[1], lengths, slopes)
+        mask = Mask(self.causal, self.window, x.shape[1], context.shape[1], lengths, slopes)
+        bias, allowed = inputs.get("bias"), inputs.get("mask")
+        if bias is not None:
+            of_heads = (self.groups, self.heads // self.groups) if bias.ndim == 4 else (1, 1)
+            mask = mask._replace(bias=bias.reshape(len(x), *of_heads, *bias.shape[-2:]))
+        return mask if allowed is None else mask._replace(allowed=allowed[:, None, None])
 
     def reference(self, params: Tree, x: Tree, key: Array | None = None) -> Tree:
         """The textbook formula, with a matrix of all queries and keys."""
@@ -233,7 +262,7 @@ class _Attention:
         s = jnp.einsum("ngrqd,ngkd->ngrqk", q, k) / math.sqrt(q.shape[-1])
         s, counts = self._mask(inputs).scored(s, 0, 0)
         seen = counts.any(-1, keepdims=True)
-        p = jax.nn.softmax(jnp.where(counts | ~seen, s, -jnp.inf), axis=-1)
+        p = jax.nn.softmax(jnp.where(counts, s, jnp.where(seen, -jnp.inf, 0)), axis=-1)
         o = jnp.einsum("ngrqk,ngkd->ngrqd", jnp.where(seen, p, 0), v)
         return _as_input(x, layers["output"].forward(params["output"], _together(o))[0])
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
 
 class Mask(NamedTuple):
@@ -21,6 +21,9 @@ class Mask(NamedTuple):
       queries, keys: how many there are.
       lengths: ``(n,)``, how many of the keys count in each example; None for all.
       slopes: ``(g, r)``, how fast scores fall with distance (Press et al. 2022); None for not.
+      bias: ``(n, g or 1, r or 1, queries, keys)``, added to the scores; where it is −∞ a key does
+        not count. None for nothing.
+      allowed: bools ``(n, 1, 1, queries, keys)``, which keys count; None for all.
     """
 
     causal: bool
@@ -29,6 +32,8 @@ class Mask(NamedTuple):
     keys: int
     lengths: Array | None = None
     slopes: Array | None = None
+    bias: Array | None = None
+    allowed: Array | None = None
 
     def keys_of(self, q: Array | int, block: int) -> tuple[Array | int, Array | int]:
         """The first block of keys that a block of queries may see, and the one after the last."""
@@ -52,7 +57,7 @@ class Mask(NamedTuple):
 
     def scored(self, s: Array, q: Array | int, k: Array | int) -> tuple[Array, Array]:
         """Scores ``(n, g, r, q, k)`` from queries q … and keys k … with what is added to them, and
-        which of them count, ``(n or 1, 1, 1, q, k)``."""
+        which of them count, ``(n or 1, g or 1, r or 1, q, k)``."""
         rows = (q + jnp.arange(s.shape[-2]))[:, None]
         columns = (k + jnp.arange(s.shape[-1]))[None, :]
         if self.slopes is not None:
@@ -69,4 +74,28 @@ class Mask(NamedTuple):
         counts = counts[None]
         if self.lengths is not None:
             counts = counts & (columns[None] < self.lengths[:, None, None])
-        return s, counts[:, None, None]
+        counts = counts[:, None, None]
+        if self.allowed is not None:
+            counts = counts & block_at(self.allowed, q, k, s.shape)
+        if self.bias is not None:
+            bias = block_at(self.bias, q, k, s.shape)
+            s, counts = s + bias.astype(s.dtype), counts & (bias > -jnp.inf)
+        return s, counts
+
+    def filled(self, block: int) -> Mask:
+        """With what is given for each query and key filled up to whole blocks."""
+        bias, allowed = (
+            None if a is None else _filled(a, block) for a in (self.bias, self.allowed)
+        )
+        return self._replace(bias=bias, allowed=allowed)
+
+
+def block_at(a: Array, q: Array | int, k: Array | int, shape: tuple[int, ...]) -> Array:
+    """The queries q … and keys k … of ``(…, queries, keys)``, as many as ``shape`` ends with."""
+    begin = (*(0 for _ in a.shape[:-2]), q, k)
+    return lax.dynamic_slice(a, begin, (*a.shape[:-2], *shape[-2:]))
+
+
+def _filled(a: Array, block: int) -> Array:
+    missing = [(0, -size % block) for size in a.shape[-2:]]
+    return jnp.pad(a, [*[(0, 0)] * (a.ndim - 2), *missing])

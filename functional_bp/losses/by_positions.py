@@ -1,0 +1,72 @@
+"""A loss over a vocabulary, and all that a step needs of it, in one sweep over the positions.
+
+    z = W h,  λ = log Σ_k e^{z_k},  u = s e^{z − λ} − r − q one_hot(y)
+    ∂C/∂h = Wᵀ u,  ∂C/∂W = Σ u hᵀ
+
+All logits of some positions are there at a time, so each is made once: three products with W, where
+a sweep over the vocabulary, which has λ at its end alone, takes four.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+from ..factors.factored import accumulator, block_of, einsum
+from ..factors.softmax_outer import over_blocks
+
+LEAST = 128  # positions in a block, for products to be fast
+NUMBERS = 2**21  # logits in a block, where so many positions do not have more
+MOST = 2**23  # logits in a block at all
+ROWS = 1024  # of ∂C/∂W that one product adds to
+
+Tree = Any
+
+
+def fit(examples: int, vocabulary: int) -> bool:
+    """Whether the logits of enough positions, one of each example at least, are few enough."""
+    return max(LEAST, examples) * vocabulary <= MOST
+
+
+def swept(
+    weight: Array, h: Array, ids: Array, weights: Array, smoothing: float, z_loss: float
+) -> tuple[Array, Array, Array]:
+    """C_t ``(n, t)`` of each position, and ∂/∂h ``(n, t, d)`` and ∂/∂W of Σ w_t C_t.
+
+    ``ids`` and ``weights`` are ``(n, t)``. A block has some positions of all examples: a batch that
+    is split among devices stays where it is.
+    """
+    dtype, words, (n, t) = accumulator(h), len(weight), ids.shape
+    mean = weight.mean(0, dtype=dtype)
+
+    def step(found: Tree, first: Array | int, count: int) -> Tree:
+        costs, dh, dW = found
+        a, y, w = (block_of(leaf, first, count, 1) for leaf in (h, ids, weights))
+        target = weight.at[y].get(mode="fill", wrap_negative_indices=False)
+        z = einsum("ntd,kd->ntk", a, weight)
+        highest = z.max(-1, keepdims=True)
+        e = jnp.exp(z - highest)
+        total = e.sum(-1, keepdims=True)
+        log_sum = (highest + jnp.log(total))[..., 0]
+        c = log_sum - (1 - smoothing) * einsum("ntd,ntd->nt", a, target) + z_loss * log_sum**2
+        u = e * ((w * (1 + 2 * z_loss * log_sum))[..., None] / total)
+        if smoothing:
+            c -= smoothing * einsum("ntd,d->nt", a, mean)
+            u -= (smoothing / words * w)[..., None]
+        u = jnp.where(y[..., None] == jnp.arange(words), u - (1 - smoothing) * w[..., None], u)
+        u = u.astype(h.dtype)
+        da = einsum("ntk,kd->ntd", u, weight).astype(h.dtype)
+        u, a = u.reshape(n * count, -1), a.reshape(n * count, -1)
+
+        def add(dW: Array, k: Array | int, rows: int) -> Array:
+            more = einsum("tk,td->kd", block_of(u, k, rows, 1), a)
+            return lax.dynamic_update_slice_in_dim(dW, block_of(dW, k, rows, 0) + more, k, 0)
+
+        dW = over_blocks(add, dW, words, ROWS)
+        put = lax.dynamic_update_slice_in_dim
+        return put(costs, c, first, 1), put(dh, da, first, 1), dW
+
+    nothing = jnp.zeros((n, t), dtype), jnp.zeros_like(h), jnp.zeros(weight.shape, dtype)
+    return over_blocks(step, nothing, t, max(-(-LEAST // n), NUMBERS // (n * words)))
