@@ -33,9 +33,18 @@ cost_itself = Loss(
     "the cost itself",
     value=lambda cost, y: cost,
     delta=lambda cost, y: jnp.ones_like(cost),
-    joined=lambda pair: pair.parts[0],
+    joined=lambda pair: _of_costs(pair.parts[0]),
 )
 """In place of a loss, where the model is a layer from (x, y) to the costs already."""
+
+
+def _of_costs(layer: Layer) -> Layer:
+    """With None in place of ∂C/∂(x, y), as ``with_loss`` says."""
+
+    def backward(*given: Any) -> tuple[None, Tree]:
+        return None, layer.backward(*given)[1]
+
+    return dataclasses.replace(layer, backward=backward)
 
 
 def paired(model: Model, loss: Loss | None) -> tuple[Layer, Loss]:

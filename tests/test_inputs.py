@@ -57,7 +57,6 @@ BAD = {
     "above 1 or none": tuple(bad for bad in (*NO_NUMBERS, 0.0, 1.0) if bad is not None),
     "above 0 to 1": (*NO_NUMBERS, 0.0, 1.1),
     "from 0 below 1 or none": tuple(bad for bad in (*NO_NUMBERS, -0.1, 1.0) if bad is not None),
-    "from 0": (*NO_NUMBERS, -0.1),
     "from 0 to 1": (*NO_NUMBERS, -0.1, 1.1),
     "rate or schedule or none": tuple(bad for bad in (*NO_NUMBERS, -1.0) if bad is not None),
     "flag": (None, 1, "yes", 0.0),

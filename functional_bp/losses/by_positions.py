@@ -38,6 +38,7 @@ def swept(
     ``ids`` and ``weights`` are ``(n, t)``. A block has some positions of all examples: a batch that
     is split among devices stays where it is.
     """
+    weight = jnp.asarray(weight)
     dtype, words, (n, t) = accumulator(h), len(weight), ids.shape
     mean = weight.mean(0, dtype=dtype)
 
