@@ -20,14 +20,16 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
 from ...factors.factored import accumulator
 from .masks import Mask
 
-BLOCK = 128  # of queries and keys, and half of it where there are many heads
+BLOCK = 128  # of queries and keys on a CPU, and half of it where there are many heads
 HEADS = 16  # of all examples together, from which on the scores of a block do not fit in a cache
+ELSEWHERE = 512  # on a GPU, where each step of a loop waits for its kernels to be launched
 LOW = -1e30  # below every score; twice that is finite, too
 
 
@@ -116,8 +118,10 @@ def _put(d_bias: Array, ds: Array, i: Array | int, j: Array | int) -> Array:
 
 def _in_blocks(mask: Mask, *arrays: Array) -> tuple[int, list[Array]]:
     """The size of a block, and the arrays filled up with zeros to whole blocks."""
-    many = math.prod(arrays[0].shape[:-2]) > HEADS
-    block = min(BLOCK // 2 if many else BLOCK, max(mask.queries, mask.keys))
+    block = BLOCK // 2 if math.prod(arrays[0].shape[:-2]) > HEADS else BLOCK
+    if jax.default_backend() != "cpu":
+        block = ELSEWHERE
+    block = min(block, max(mask.queries, mask.keys))
     return block, [_filled(a, block) for a in arrays]
 
 
