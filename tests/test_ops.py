@@ -632,3 +632,24 @@ def test_what_does_not_fit_is_named(case):
 def test_there_is_no_forward_mode():
     with pytest.raises(TypeError, match="forward-mode"):
         jax.jvp(lambda x: ops.rnn(x, **weights(1))[0], (X,), (X,))
+
+
+@pytest.mark.parametrize("name", ["lstm", "gru", "rnn"])
+@pytest.mark.parametrize("n", [2, 4])  # XLA has been wrong about four
+def test_gradients_of_single_sequences_under_vmap(name, n):
+    with jax.enable_x64(True):
+        layer, random = getattr(bp, name)(5), np.random.default_rng(0)
+        shapes = jax.eval_shape(layer.init, jax.random.key(0), jnp.ones((6, 4)))
+        params = {k: jnp.asarray(0.4 * random.normal(size=p.shape)) for k, p in shapes.items()}
+        x = jnp.asarray(random.normal(size=(n, 6, 4)))
+
+        def given(params):
+            h = jax.vmap(lambda x: getattr(bp.ops, name)(x, **params)[0])(x)
+            return (h**2).sum()
+
+        def wanted(params):
+            return (layer.reference(params, x) ** 2).sum()
+
+        pairs = jax.tree.map(lambda *pair: pair, jax.grad(given)(params), jax.grad(wanted)(params))
+        for found, right in pairs.values():
+            assert jnp.abs(found - right).max() <= 1e-11 * jnp.abs(right).max()
