@@ -17,7 +17,7 @@ from jax import Array, lax
 from ..factors.factored import accumulator, block_of, einsum
 from ..factors.softmax_outer import over_blocks
 
-LEAST = 128  # positions in a block, for products to be fast
+LEAST = 176  # positions in a block, so that ∂C/∂W is not gone over too often
 NUMBERS = 2**21  # logits in a block, where so many positions do not have more
 MOST = 2**23  # logits in a block at all
 ROWS = 1024  # of ∂C/∂W that one product adds to
@@ -42,6 +42,10 @@ def swept(
     dtype, words, (n, t) = accumulator(h), len(weight), ids.shape
     mean = weight.mean(0, dtype=dtype)
 
+    def of_target(w: Array) -> Array:
+        """q, on an axis beside."""
+        return ((1 - smoothing) * w)[..., None]
+
     def step(found: Tree, first: Array | int, count: int) -> Tree:
         costs, dh, dW = found
         a, y, w = (block_of(leaf, first, count, 1) for leaf in (h, ids, weights))
@@ -56,9 +60,8 @@ def swept(
         if smoothing:
             c -= smoothing * einsum("ntd,d->nt", a, mean)
             u -= (smoothing / words * w)[..., None]
-        u = jnp.where(y[..., None] == jnp.arange(words), u - (1 - smoothing) * w[..., None], u)
-        u = u.astype(h.dtype)
-        da = einsum("ntk,kd->ntd", u, weight).astype(h.dtype)
+        u = u.astype(h.dtype)  # but for the targets' part, which needs no other array of logits
+        da = einsum("ntk,kd->ntd", u, weight) - of_target(w) * target
         u, a = u.reshape(n * count, -1), a.reshape(n * count, -1)
 
         def add(dW: Array, k: Array | int, rows: int) -> Array:
@@ -67,7 +70,9 @@ def swept(
 
         dW = over_blocks(add, dW, words, ROWS)
         put = lax.dynamic_update_slice_in_dim
-        return put(costs, c, first, 1), put(dh, da, first, 1), dW
+        return put(costs, c, first, 1), put(dh, da.astype(h.dtype), first, 1), dW
 
     nothing = jnp.zeros((n, t), dtype), jnp.zeros_like(h), jnp.zeros(weight.shape, dtype)
-    return over_blocks(step, nothing, t, max(-(-LEAST // n), NUMBERS // (n * words)))
+    costs, dh, dW = over_blocks(step, nothing, t, max(-(-LEAST // n), NUMBERS // (n * words)))
+    of_targets = (of_target(weights) * h).astype(dtype)
+    return costs, dh, dW.at[ids].add(-of_targets, mode="drop", wrap_negative_indices=False)
