@@ -17,7 +17,7 @@ from jax import Array, lax
 from ..factors.factored import accumulator, block_of, einsum
 from ..factors.softmax_outer import over_blocks
 
-LEAST = 176  # positions in a block, so that ∂C/∂W is not gone over too often
+LEAST = 128  # positions in a block, for products to be fast
 NUMBERS = 2**21  # logits in a block, where so many positions do not have more
 MOST = 2**23  # logits in a block at all
 ROWS = 1024  # of ∂C/∂W that one product adds to
