@@ -25,6 +25,7 @@ import jax.numpy as jnp
 
 import functional_bp as bp
 from functional_bp.factors import Outer, Summed, accumulator
+from functional_bp.losses import vocabulary
 
 VECTOR = jax.ShapeDtypeStruct((4,), jnp.float32)
 SQUARE = jax.ShapeDtypeStruct((2, 2), jnp.float32)
@@ -155,7 +156,25 @@ def _decayed(params, x):
 
 
 # What only functions have: each is proven with the faults that are planted in its factors.
+def over_vocabulary():
+    """The costs of two positions, of which ids are known, by a loss over a vocabulary of five."""
+
+    def forward(params, x, key=None):
+        ids = jnp.broadcast_to(jnp.array([2, 0]), x.shape[:2])
+        return vocabulary.forward(params["weight"], x, ids, 0.1, 0.1)
+
+    def backward(params, kept, dy):
+        dh, factor = vocabulary.backward(params["weight"], kept, dy, 0.1, 0.1)
+        return dh, {"weight": factor}
+
+    def init(key, x):
+        return {"weight": jax.random.normal(key, (5, x.shape[-1]), x.dtype)}
+
+    return bp.rule(init, forward, backward, name="over_vocabulary", batched=True)
+
+
 OF_FUNCTIONS = {
+    "a vocabulary": (over_vocabulary(), POSITIONS),
     "a kernel": (of_function(lambda p, x: jnp.tanh(x @ p["w"]), w=(4, 2)), POSITIONS),
     "blocks": (of_function(_blocks, w=(4, 4), v=(5, 3)), POSITIONS),
     "a convolution": (of_function(_convolved, w=(2, 4, 2)), POSITIONS),
@@ -239,7 +258,10 @@ COMBINED = {
     "residual": (bp.residual(block()), VECTOR),
     "residual with a projection": (bp.residual(bp.dense(2), bp.dense(2, bias=False)), VECTOR),
     "parallel": (bp.parallel(bp.dense(4), bp.tanh, scale()), VECTOR),
-    "parallel by name": (bp.parallel(b=bp.dense(4), a=bp.chain(bp.tanh, bp.dense(2))), VECTOR),
+    "parallel by name": (
+        bp.parallel(x=bp.dense(4), context=bp.chain(bp.tanh, bp.dense(2))),
+        VECTOR,
+    ),
     "sum of branches": (bp.chain(bp.parallel(bp.dense(4), bp.tanh), bp.add), VECTOR),
     "product of branches": (bp.chain(bp.parallel(bp.dense(4), bp.tanh), bp.multiply), VECTOR),
     "branches side by side": (

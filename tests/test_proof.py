@@ -13,7 +13,16 @@ from layers import ACTIVATIONS, COMBINED, LAYERS, LOSSES, OF_FUNCTIONS, RULES, V
 
 import functional_bp as bp
 from functional_bp.contractions import contract_factors, is_factor, keep
-from functional_bp.factors import Factored, Itself, Outer, Rows, Stacked, Sum, Summed
+from functional_bp.factors import (
+    Factored,
+    Itself,
+    Outer,
+    Rows,
+    SoftmaxOuter,
+    Stacked,
+    Sum,
+    Summed,
+)
 from functional_bp.factors.along import Along
 from functional_bp.factors.arranged import Arranged, Part
 from functional_bp.factors.convolved import Convolved
@@ -230,6 +239,7 @@ MET_IN = {
     Part: ["blocks"],
     Convolved: ["a convolution"],
     Along: ["decayed"],
+    SoftmaxOuter: ["a vocabulary"],
 }
 OWN = {
     (Factored, "each"),  # what every class must bring

@@ -73,9 +73,9 @@ class Rows(Factored):
     def gram(self, other: Factored) -> Array:
         if not isinstance(other, (Rows, Outer)):
             return other._gram_with_rows(self).T
-        return self.by_example(other._positions())
+        return self._gram_by_example(other._positions())
 
-    def by_example(self, other: Factored) -> Array:
+    def _gram_by_example(self, other: Factored) -> Array:
         """The Gram matrix, one example of these factors at a time."""
         m = len(jax.tree.leaves(other)[0])
 

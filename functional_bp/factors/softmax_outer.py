@@ -76,7 +76,7 @@ class SoftmaxOuter(Factored):
     target: Array
     rest: Array
 
-    def rows(self, first: Array | int, count: int) -> Outer:
+    def _rows(self, first: Array | int, count: int) -> Outer:
         """The factors of ``count`` of the parameter's rows."""
         a = einsum("ntd,od->nto", self.h, block_of(self.weight, first, count, 0))
         return Outer(self._u(a, first + jnp.arange(count)), self.v)
@@ -111,7 +111,7 @@ class SoftmaxOuter(Factored):
 
     def dot(self, v: Array) -> Array:
         def of_rows(first: Array | int, count: int) -> Array:
-            return self.rows(first, count).dot(block_of(v, first, count, 0))
+            return self._rows(first, count).dot(block_of(v, first, count, 0))
 
         return self._summed(of_rows, len(self.ids))
 
@@ -120,8 +120,8 @@ class SoftmaxOuter(Factored):
             return self._inner_with_rows(other) if isinstance(other, Rows) else super().inner(other)
 
         def of_rows(first: Array | int, count: int) -> Array:
-            f = self.rows(first, count)
-            return f.inner(f if other is self else other.rows(first, count))
+            f = self._rows(first, count)
+            return f.inner(f if other is self else other._rows(first, count))
 
         return self._summed(of_rows, len(self.ids))
 
@@ -130,7 +130,7 @@ class SoftmaxOuter(Factored):
             return self._gram_with_rows(other) if isinstance(other, Rows) else super().gram(other)
 
         def of_rows(first: Array | int, count: int) -> Array:
-            return self.rows(first, count).gram(other.rows(first, count))
+            return self._rows(first, count).gram(other._rows(first, count))
 
         return self._summed(of_rows, len(self.ids), len(other.ids))
 
@@ -148,7 +148,7 @@ class SoftmaxOuter(Factored):
         return summed_blocks(block, s, block_size(s, (self.h, self.v, g), n * t))
 
     def _gram_with_rows(self, rows: Rows) -> Array:
-        return rows.by_example(self).T
+        return rows._gram_by_example(self).T
 
     def columns(self, first: Array | int, count: int) -> SoftmaxOuter:
         return dataclasses.replace(self, v=block_of(self.v, first, count, -1))
@@ -157,7 +157,7 @@ class SoftmaxOuter(Factored):
         return self._of_examples(lambda leaf: block_of(leaf, first, count, 0))
 
     def as_outer(self) -> Outer:
-        return self.rows(0, len(self.weight))
+        return self._rows(0, len(self.weight))
 
     def _of_examples(self, function: Callable[[Array], Any]) -> SoftmaxOuter:
         """With ``function`` of every array that has the examples on its first axis."""
@@ -176,7 +176,7 @@ class SoftmaxOuter(Factored):
         """What has the parameter's shape, rows by rows."""
 
         def step(found: Array, first: Array | int, count: int) -> Array:
-            rows = of_rows(self.rows(first, count))
+            rows = of_rows(self._rows(first, count))
             return lax.dynamic_update_slice_in_dim(found, rows, first, 0)
 
         shape = (len(self.weight), self.v.shape[-1])

@@ -183,14 +183,8 @@ def _run(
         shaped(f"{op}: {s}", a, (*lead, units))
         begin.append(a.astype(dtype).reshape(-1, units))
     sequences = x.astype(dtype).reshape(-1, *x.shape[-2:])
-    count = len(sequences)
-    if count == 1 and dtype == jnp.float64:
-        # Of four single sequences under vmap, XLA's CPU compiler (jaxlib 0.10.2) makes a wrong
-        # gradient of bp.gru; of pairs it does not. The second one's outputs are not used.
-        sequences, *begin = (jnp.concatenate([a, jnp.zeros_like(a)]) for a in (sequences, *begin))
     h, *last = _rule(name).one(sequences, *weights.values(), *begin)
-    h = h[:count].reshape(*x.shape[:-1], units)
-    return h, [a[:count].reshape(*lead, units) for a in last]
+    return h.reshape(*x.shape[:-1], units), [a.reshape(*lead, units) for a in last]
 
 
 @functools.cache
