@@ -11,9 +11,7 @@ import argparse
 import functools
 import math
 import sys
-import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -21,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import options
-from text import HELD_OUT, Kept, TextError, characters_and_ids, text_of, windows
+from text import HELD_OUT, Kept, TextError, characters_and_ids, reporting, text_of, windows
 
 import functional_bp as bp
 
@@ -63,17 +61,6 @@ def learn(
     length, size = given.length, given.batch_size
     steps = given.epochs * sum(1 for _ in windows(train, length, size, (given.seed, 0)))
     rate = optax.warmup_cosine_decay_schedule(0.0, given.learning_rate, steps // 20, steps)
-    begin = time.perf_counter()
-
-    def report(run: bp.Run) -> None:
-        history = run.history
-        print(
-            f"epoch {run.epoch:2d}   {time.perf_counter() - begin:5.1f} s   bits per character: "
-            f"{history.epoch_loss[-1] / math.log(2):.3f} learning, "
-            f"{history.evaluation['loss'][-1] / math.log(2):.3f} held out",
-            flush=True,
-        )
-
     return bp.fit(
         model,
         LOSS,
@@ -82,7 +69,7 @@ def learn(
         optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate)),
         epochs=given.epochs,
         evaluation=list(windows(held_out, 2 * length, size, None)),
-        callbacks=[report],
+        callbacks=[reporting()],
         checkpoints=Kept(given.out, NAME).checkpoints,
         resume=given.resume,
         progress=False,  # it would run into what is printed here
@@ -120,12 +107,7 @@ def sample(
 
 def parser() -> argparse.ArgumentParser:
     it = options.Parser(__doc__, needs=("orbax.checkpoint",))
-    it.add_argument(
-        "--text",
-        type=Path,
-        metavar="FILE",
-        help="learn this text, in UTF-8 (default: the topics of Python's help())",
-    )
+    it.learns_text()
     it.resumes("checkpoints")
     it.add_argument("--cell", choices=list(CELLS), default="lstm", help="(default: %(default)s)")
     for name, kind, default, meaning in (
@@ -138,14 +120,7 @@ def parser() -> argparse.ArgumentParser:
     ):
         meaning += " (default: %(default)s)"
         it.add_argument(name, type=kind, metavar="N", default=default, help=meaning)
-    it.add_argument(
-        "--temperature",
-        type=options.number(above=1e-3, up_to=1e3),
-        nargs="+",
-        metavar="T",
-        default=[0.5, 0.8],
-        help="of the samples: below 1 likelier characters, above 1 wilder ones (default: 0.5 0.8)",
-    )
+    it.samples_at(0.5, 0.8)
     it.add_argument(
         "--learning-rate",
         type=options.number(up_to=1e3),

@@ -14,7 +14,6 @@ import functools
 import math
 import re
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ import optax
 import options
 from decoder import Sizes, model_and_loss
 from pictures import save
-from text import HELD_OUT, Kept, TextError, characters_and_ids, text_of, windows
+from text import HELD_OUT, Kept, TextError, characters_and_ids, reporting, text_of, windows
 
 import functional_bp as bp
 
@@ -86,17 +85,6 @@ def learn(
     length, size = sizes.positions, given.batch_size
     batches = functools.partial(windows, train, length, size)
     steps = given.epochs * sum(1 for _ in batches((given.seed, 0)))
-    begin = time.perf_counter()
-
-    def report(run: bp.Run) -> None:
-        history = run.history
-        print(
-            f"epoch {run.epoch:2d}   {time.perf_counter() - begin:5.1f} s   bits per character: "
-            f"{history.epoch_loss[-1] / math.log(2):.3f} learning, "
-            f"{history.evaluation['loss'][-1] / math.log(2):.3f} held out",
-            flush=True,
-        )
-
     key = jax.random.key(given.seed)
     params = jax.jit(functools.partial(bp.init, model, loss))(key, train[:length], train[:length])
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
@@ -112,7 +100,7 @@ def learn(
         microbatch=None if given.accumulate == 1 else math.ceil(size / given.accumulate),
         compute_dtype=None if given.dtype == "float32" else given.dtype,
         evaluation=list(windows(held_out, length, size, None)),
-        callbacks=[report],
+        callbacks=[reporting()],
         checkpoints=Kept(given.out, NAME).checkpoints,
         resume=given.resume,
         progress=False,  # it would run into what is printed here
@@ -159,12 +147,7 @@ def draw_attention(sizes: Sizes, params: Tree, ids: np.ndarray, words: str, out:
 
 def parser() -> argparse.ArgumentParser:
     it = options.Parser(__doc__, needs=("matplotlib", "orbax.checkpoint"))
-    it.add_argument(
-        "--text",
-        type=Path,
-        metavar="FILE",
-        help="learn this text, in UTF-8 (default: the topics of Python's help())",
-    )
+    it.learns_text()
     it.resumes("checkpoints and the picture")
     for name, choices, default, meaning in (
         ("--size", list(SIZES), "small", "(default: %(default)s)"),
@@ -188,14 +171,7 @@ def parser() -> argparse.ArgumentParser:
         ("--top-p", options.number(up_to=1), 1.0, "draw from the likeliest of this probability"),
     ):
         it.add_argument(name, type=kind, metavar="X", default=default, help=meaning)
-    it.add_argument(
-        "--temperature",
-        type=options.number(above=1e-3, up_to=1e3),
-        nargs="+",
-        metavar="T",
-        default=[0.8],
-        help="of the samples: below 1 likelier characters, above 1 wilder ones (default: 0.8)",
-    )
+    it.samples_at(0.8)
     return it
 
 

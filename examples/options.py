@@ -43,6 +43,27 @@ class Parser(argparse.ArgumentParser):
     def takes(self, option: str, kind: Callable[[str], Any], default: Any, meaning: str) -> None:
         self.add_argument(option, type=kind, default=default, help=f"{meaning} (%(default)s)")
 
+    def learns_text(self) -> None:
+        """Adds ``--text``, a file."""
+        self.add_argument(
+            "--text",
+            type=Path,
+            metavar="FILE",
+            help="learn this text, in UTF-8 (default: the topics of Python's help())",
+        )
+
+    def samples_at(self, *temperatures: float) -> None:
+        """Adds ``--temperature``, one or several."""
+        self.add_argument(
+            "--temperature",
+            type=number(above=1e-3, up_to=1e3),
+            nargs="+",
+            metavar="T",
+            default=list(temperatures),
+            help="of the samples: below 1 likelier characters, above 1 wilder ones (default: "
+            f"{' '.join(map(str, temperatures))})",
+        )
+
     def resumes(self, kept: str) -> None:
         """Adds ``--out``, a folder for what is kept, and ``--resume`` from its checkpoints."""
         self.add_argument(

@@ -1,12 +1,14 @@
-"""Text to learn, character by character: reading it, its ids, windows, and what a run keeps."""
+"""Text to learn by its characters: reading it, its ids, windows, what a run says and keeps."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -72,6 +74,22 @@ def windows(
     for begin in range(0, len(starts), size):
         positions = starts[begin : begin + size, None] + np.arange(length)
         yield ids[positions], ids[positions + 1]
+
+
+def reporting() -> Callable[[bp.Run], None]:
+    """A callback of ``bp.fit`` that prints the bits per character after every epoch."""
+    begin = time.perf_counter()
+
+    def report(run: bp.Run) -> None:
+        history = run.history
+        print(
+            f"epoch {run.epoch:2d}   {time.perf_counter() - begin:5.1f} s   bits per character: "
+            f"{history.epoch_loss[-1] / math.log(2):.3f} learning, "
+            f"{history.evaluation['loss'][-1] / math.log(2):.3f} held out",
+            flush=True,
+        )
+
+    return report
 
 
 @dataclass(frozen=True)

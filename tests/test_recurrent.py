@@ -383,3 +383,21 @@ def test_bad_options_are_named(options):
 def test_an_unknown_activation_is_named():
     with pytest.raises(ValueError, match="activation: takes one of tanh, relu, got 'sigmoid'"):
         bp.rnn(4, activation="sigmoid")
+
+
+@pytest.mark.parametrize("make", [bp.lstm, bp.gru, bp.rnn])
+def test_batches_of_one_under_vmap(make):
+    """XLA's CPU compiler has been wrong about four of them."""
+    with jax.enable_x64(True):
+        layer, random = make(5), np.random.default_rng(0)
+        x = jnp.asarray(random.normal(size=(4, 1, 6, 4)))
+        shapes = jax.eval_shape(layer.init, jax.random.key(0), x[0, 0])
+        params = jax.tree.map(lambda p: jnp.asarray(0.4 * random.normal(size=p.shape)), shapes)
+
+        def of_each(method):
+            gradient = bp.grad(layer, bp.losses.squared_error, method=method)
+            return jax.jit(jax.vmap(lambda x: gradient(params, x, jnp.zeros((1, 6, 5)))))(x)
+
+        by_hand, by_autodiff = of_each("manual"), of_each("autodiff")
+        for name, right in by_autodiff.items():
+            assert jnp.abs(by_hand[name] - right).max() <= 1e-11 * jnp.abs(right).max()

@@ -53,22 +53,15 @@ class Named:
             return forward(*operands)[0]
 
         def forward(*operands: Array) -> tuple[list[Array], Tree]:
-            outputs, residuals = self.forward(*self.batch_of_one(operands, in_pairs(operands)))
+            outputs, residuals = self.forward(*self.batch_of_one(operands))
             return [y[0] for y in outputs], (operands, residuals)
 
         def backward(kept: Tree, d_outputs: list[Array]) -> tuple[Any, ...]:
             operands, residuals = kept
-            pairs = in_pairs(operands)
-            dy = [_alone(d, pairs) for d in d_outputs]
-            found = self.backward(self.batch_of_one(operands, pairs), residuals, dy, total)
-            found = [d if d is None or i in self.shared else d[0] for i, d in enumerate(found)]
+            dy = [d[None] for d in d_outputs]
+            found = self.backward(self.batch_of_one(operands), residuals, dy, total)
             shapes = zip(found, operands)
             return tuple(d if d is None else d.reshape(a.shape).astype(a.dtype) for d, a in shapes)
-
-        def in_pairs(operands: Sequence[Array]) -> bool:
-            # Of four batches of one under vmap, XLA's CPU compiler (jaxlib 0.10.2) makes a wrong
-            # gradient of bp.gru in float64; of two, the second all 0, it does not.
-            return any(a.dtype == jnp.float64 for a in operands)
 
         function.defvjp(forward, backward)
 
@@ -79,9 +72,8 @@ class Named:
         _RULES[self.name] = self
         return jax.jit(called)
 
-    def batch_of_one(self, operands: Sequence[Array], pairs: bool = False) -> list[Array]:
-        """A batch of one example, or with one of zeros beside it."""
-        return [a if i in self.shared else _alone(a, pairs) for i, a in enumerate(operands)]
+    def batch_of_one(self, operands: Sequence[Array]) -> list[Array]:
+        return [a if i in self.shared else a[None] for i, a in enumerate(operands)]
 
     def factors(
         self, operands: Sequence[Array], residuals: Tree, d_outputs: list[Array]
@@ -89,10 +81,6 @@ class Named:
         """The factored gradients of all operands, shared or not."""
         found = self.backward(operands, residuals, d_outputs, keep)
         return [d if d is None or isinstance(d, Factored) else Itself(d) for d in found]
-
-
-def _alone(a: Array, pairs: bool) -> Array:
-    return jnp.stack([a, jnp.zeros_like(a)]) if pairs else a[None]
 
 
 _RULES: dict[str, Named] = {}

@@ -288,8 +288,12 @@ def gru(
         dh = dstate["h"]
         delta_n, delta_z = dh * dn, dh * dz
         delta_r = delta_n * dr
-        delta = jnp.concatenate([delta_r, delta_z, delta_n])
-        epsilon = jnp.concatenate([delta_r, delta_z, delta_n * r])
+        # (Stacked, not concatenated: of four batches of one in float64 under vmap, XLA's CPU
+        # compiler in jaxlib 0.10.2 reads what is concatenated here from the wrong places.)
+        delta, epsilon = (
+            jnp.stack([delta_r, delta_z, of_n]).reshape(-1, dh.shape[-1])
+            for of_n in (delta_n, delta_n * r)
+        )
         return {"h": dh * z + product(transposed["weight_h"], epsilon)}, (delta, epsilon)
 
     def factors(deltas: Tree, x: Array, h_before: Array) -> Tree:
