@@ -17,15 +17,15 @@ from jax import Array, lax
 from ..factors.factored import accumulator, block_of, einsum
 from ..factors.softmax_outer import over_blocks
 
-LEAST = 128  # positions in a block, for products to be fast
+LEAST = 256  # positions in a block, so that ∂C/∂W is not gone over too often
 NUMBERS = 2**21  # logits in a block, where so many positions do not have more
-MOST = 2**23  # logits in a block at all
+MOST = 2**24  # logits in a block at all
 ROWS = 1024  # of ∂C/∂W that one product adds to
 
 Tree = Any
 
 
-def fit(examples: int, vocabulary: int) -> bool:
+def fits(examples: int, vocabulary: int) -> bool:
     """Whether the logits of enough positions, one of each example at least, are few enough."""
     return max(LEAST, examples) * vocabulary <= MOST
 
@@ -42,37 +42,38 @@ def swept(
     dtype, words, (n, t) = accumulator(h), len(weight), ids.shape
     mean = weight.mean(0, dtype=dtype)
 
-    def of_target(w: Array) -> Array:
-        """q, on an axis beside."""
-        return ((1 - smoothing) * w)[..., None]
-
     def step(found: Tree, first: Array | int, count: int) -> Tree:
         costs, dh, dW = found
-        a, y, w = (block_of(leaf, first, count, 1) for leaf in (h, ids, weights))
+
+        def some(a: Array) -> Array:  # on one axis: XLA makes e and u where z was if shapes agree
+            return block_of(a, first, count, 1).reshape(n * count, *a.shape[2:])
+
+        def put(a: Array, of_some: Array) -> Array:
+            part = of_some.reshape(n, count, *a.shape[2:]).astype(a.dtype)
+            return lax.dynamic_update_slice_in_dim(a, part, first, 1)
+
+        a, y, w = some(h), some(ids), some(weights)
         target = weight.at[y].get(mode="fill", wrap_negative_indices=False)
-        z = einsum("ntd,kd->ntk", a, weight)
+        z = einsum("td,kd->tk", a, weight)
         highest = z.max(-1, keepdims=True)
         e = jnp.exp(z - highest)
         total = e.sum(-1, keepdims=True)
-        log_sum = (highest + jnp.log(total))[..., 0]
-        c = log_sum - (1 - smoothing) * einsum("ntd,ntd->nt", a, target) + z_loss * log_sum**2
-        u = e * ((w * (1 + 2 * z_loss * log_sum))[..., None] / total)
+        log_sum = (highest + jnp.log(total))[:, 0]
+        c = log_sum - (1 - smoothing) * einsum("td,td->t", a, target) + z_loss * log_sum**2
+        u = e * ((w * (1 + 2 * z_loss * log_sum))[:, None] / total)
         if smoothing:
-            c -= smoothing * einsum("ntd,d->nt", a, mean)
-            u -= (smoothing / words * w)[..., None]
-        u = u.astype(h.dtype)  # but for the targets' part, which needs no other array of logits
-        da = einsum("ntk,kd->ntd", u, weight) - of_target(w) * target
-        u, a = u.reshape(n * count, -1), a.reshape(n * count, -1)
+            c -= smoothing * einsum("td,d->t", a, mean)
+            u -= (smoothing / words * w)[:, None]
+        u = u.astype(h.dtype)  # but for q, which needs no other array of logits
+        da = einsum("tk,kd->td", u, weight) - ((1 - smoothing) * w)[:, None] * target
 
         def add(dW: Array, k: Array | int, rows: int) -> Array:
             more = einsum("tk,td->kd", block_of(u, k, rows, 1), a)
             return lax.dynamic_update_slice_in_dim(dW, block_of(dW, k, rows, 0) + more, k, 0)
 
-        dW = over_blocks(add, dW, words, ROWS)
-        put = lax.dynamic_update_slice_in_dim
-        return put(costs, c, first, 1), put(dh, da.astype(h.dtype), first, 1), dW
+        return put(costs, c), put(dh, da), over_blocks(add, dW, words, ROWS)
 
     nothing = jnp.zeros((n, t), dtype), jnp.zeros_like(h), jnp.zeros(weight.shape, dtype)
     costs, dh, dW = over_blocks(step, nothing, t, max(-(-LEAST // n), NUMBERS // (n * words)))
-    of_targets = (of_target(weights) * h).astype(dtype)
+    of_targets = (((1 - smoothing) * weights)[..., None] * h).astype(dtype)
     return costs, dh, dW.at[ids].add(-of_targets, mode="drop", wrap_negative_indices=False)

@@ -193,7 +193,7 @@ class _OverVocabulary:
         options = self.smoothing, self.z_loss
         # Where the gradient alone is asked for, all is made anew in one sweep, C too (in the place
         # of ∂C/∂y), and the sweep of the way forward is dropped by the compiler.
-        in_one_sweep = by_positions.fit(len(weights), self.vocabulary)
+        in_one_sweep = by_positions.fits(len(weights), self.vocabulary)
         if in_one_sweep and not asks_layers(contract) and contract["weight"].asks is total.asks:
             costs, dh, dW = by_positions.swept(weight, kept.h, kept.ids, d_costs, *options)
             return (_where_counted(dh, shares), _means(costs, shares)), {"weight": dW}
