@@ -25,7 +25,8 @@ Tree = Any
 
 @explained(
     forward="""
-        q_t = W_q x_t + b_q,  k_s = W_k x_s + b_k,  v_s = W_v x_s + b_v      (each head)
+        q_t = W_q x_t + b_q      (each head)
+        k_s = W_k x_s + b_k,  v_s = W_v x_s + b_v      (s in the context, where there is one)
         p_{ts} = softmax over s of e_{ts},  e_{ts} = q_t · k_s / √(d)
         o_t = Σ_s p_{ts} v_s
         y_t = W_o o_t + b_o      (o of all heads, one below the other)""",
