@@ -142,7 +142,8 @@ layer, ``recursion.py`` from the cost. Then bottom up:
     views/          what a model is and what a pass computed: equations, tables, pictures
     testing/        proofs of one's own rules; nothing imports it
 
-A file imports only from files above it in this list.
+A file imports only from files above it in this list. (But the loss over a vocabulary, which is a
+dense layer too, takes ``layers/dense.py``.)
 """
 
 from importlib.metadata import PackageNotFoundError, version
