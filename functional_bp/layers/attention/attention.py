@@ -260,11 +260,11 @@ class _Attention:
         inputs = _as_tree(x)
         layers = self.projections(inputs["x"].shape[-1])
         q, k, v = self._projected(layers, params, inputs)
-        s = jnp.einsum("ngrqd,ngkd->ngrqk", q, k) / math.sqrt(q.shape[-1])
+        s = jnp.einsum("ngkd,ngrqd->ngkrq", k, q) / math.sqrt(q.shape[-1])
         s, counts = self._mask(inputs).scored(s, 0, 0)
-        seen = counts.any(-1, keepdims=True)
-        p = jax.nn.softmax(jnp.where(counts, s, jnp.where(seen, -jnp.inf, 0)), axis=-1)
-        o = jnp.einsum("ngrqk,ngkd->ngrqd", jnp.where(seen, p, 0), v)
+        seen = counts.any(2, keepdims=True)
+        p = jax.nn.softmax(jnp.where(counts, s, jnp.where(seen, -jnp.inf, 0)), axis=2)
+        o = jnp.einsum("ngkrq,ngkd->ngrqd", jnp.where(seen, p, 0), v)
         return _as_input(x, layers["output"].forward(params["output"], _together(o))[0])
 
 

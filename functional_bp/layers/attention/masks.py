@@ -56,29 +56,27 @@ class Mask(NamedTuple):
         return first, last
 
     def scored(self, s: Array, q: Array | int, k: Array | int) -> tuple[Array, Array]:
-        """Scores ``(n, g, r, q, k)`` from queries q … and keys k … with what is added to them, and
-        which of them count, ``(n or 1, g or 1, r or 1, q, k)``."""
-        rows = (q + jnp.arange(s.shape[-2]))[:, None]
-        columns = (k + jnp.arange(s.shape[-1]))[None, :]
+        """Scores ``(n, g, k, r, q)`` of keys k … and queries q … with what is added to them, and
+        which of them count, ``(n or 1, g or 1, k, r or 1, q)``."""
+        queries = q + jnp.arange(s.shape[-1])
+        keys = (k + jnp.arange(s.shape[2]))[:, None, None]
         if self.slopes is not None:
-            distance = jnp.abs(rows - columns).astype(s.dtype)
-            slopes = self.slopes.astype(s.dtype)[None, :, :, None, None]
-            s = s - slopes * distance[None, None, None]
-        counts = columns < self.keys
+            distance = jnp.abs(queries - keys).astype(s.dtype)
+            s = s - self.slopes.astype(s.dtype)[None, :, None, :, None] * distance
+        counts = keys < self.keys
         if self.causal:
-            counts = counts & (columns <= rows)
+            counts = counts & (keys <= queries)
         if self.window is not None:
-            counts = counts & (rows - columns < self.window)
+            counts = counts & (queries - keys < self.window)
             if not self.causal:
-                counts = counts & (columns - rows < self.window)
-        counts = counts[None]
+                counts = counts & (keys - queries < self.window)
+        counts = counts[None, None]
         if self.lengths is not None:
-            counts = counts & (columns[None] < self.lengths[:, None, None])
-        counts = counts[:, None, None]
+            counts = counts & (keys < self.lengths[:, None, None, None, None])
         if self.allowed is not None:
-            counts = counts & block_at(self.allowed, q, k, s.shape)
+            counts = counts & _block(self.allowed, q, k, s.shape)
         if self.bias is not None:
-            bias = block_at(self.bias, q, k, s.shape)
+            bias = _block(self.bias, q, k, s.shape)
             s, counts = s + bias.astype(s.dtype), counts & (bias > -jnp.inf)
         return s, counts
 
@@ -90,10 +88,11 @@ class Mask(NamedTuple):
         return self._replace(bias=bias, allowed=allowed)
 
 
-def block_at(a: Array, q: Array | int, k: Array | int, shape: tuple[int, ...]) -> Array:
-    """The queries q … and keys k … of ``(…, queries, keys)``, as many as ``shape`` ends with."""
-    begin = (*(0 for _ in a.shape[:-2]), q, k)
-    return lax.dynamic_slice(a, begin, (*a.shape[:-2], *shape[-2:]))
+def _block(a: Array, q: Array | int, k: Array | int, shape: tuple[int, ...]) -> Array:
+    """Keys k … and queries q … of ``(n, g, r, queries, keys)``, laid out and as many as in scores'
+    ``shape``."""
+    block = lax.dynamic_slice(a, (0, 0, 0, q, k), (*a.shape[:3], shape[-1], shape[2]))
+    return jnp.moveaxis(block, -1, 2)
 
 
 def _filled(a: Array, block: int) -> Array:

@@ -12,11 +12,14 @@
 Gimelshein 2018.) Blocks that the mask excludes are not computed. A query that sees no key gives 0.
 
 Axes: n examples, g groups of heads that share keys, r heads of a group, q queries, k keys, d
-features of a head.
+features of a head, m the queries of a block for all r heads, one head's after another's. A block of
+scores is ``(n, g, k, m)``, sᵀ: of its seven products, those with p and ∂C/∂s then take these as
+they lie, and only k and v are turned, once for each block.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -27,9 +30,13 @@ from jax import Array, lax
 from ...factors.factored import accumulator
 from .masks import Mask
 
-BLOCK = 128  # of queries and keys on a CPU, and half of it where there are many heads
-HEADS = 16  # of all examples together, from which on the scores of a block do not fit in a cache
-ELSEWHERE = 512  # on a GPU, where each step of a loop waits for its kernels to be launched
+# Queries and keys of a block: as many, from LEAST to MOST, as make its scores at most twice as many
+# as the numbers in q, so that memory is linear in the length. A CPU gives a large product to all
+# its cores and a small one to one, but the scores of many heads (of all examples together) fit in
+# no cache, and their blocks stay at FEW. On a GPU, where each step of a loop waits for its kernels
+# to be launched, MOST.
+LEAST, FEW, MOST = 64, 128, 512
+HEADS = 16
 LOW = -1e30  # below every score; twice that is finite, too
 
 
@@ -37,29 +44,30 @@ def forward(q: Array, k: Array, v: Array, mask: Mask) -> tuple[Array, Array]:
     """o ``(n, g, r, q, d)`` and λ ``(n, g, r, q)``, of q ``(n, g, r, q, d)`` and k, v
     ``(n, g, k, d)``."""
     block, (q, k, v) = _in_blocks(mask, q / math.sqrt(q.shape[-1]), k, v)
-    mask, dtype = mask.filled(block), accumulator(q)
+    mask, dtype, v = mask.filled(block), accumulator(q), jnp.swapaxes(v, 2, 3)
+    n, g, r, _, d = q.shape
+    scores = functools.partial(_scores, mask, r, block)
 
     def of_queries(i: Array | int) -> tuple[Array, Array]:
-        q_i = _block(q, i, block)
+        q_i = _rows(q, i, block)
 
         def step(j: Array | int, carried: tuple[Array, ...]) -> tuple[Array, ...]:
             highest, total, sums = carried
-            s, counts = mask.scored(_scores(q_i, _block(k, j, block)), i * block, j * block)
-            s = jnp.where(counts, s, 2 * LOW)
-            new = jnp.maximum(highest, s.max(-1))
-            p = jnp.exp(s - new[..., None])  # 0 where a key does not count: new is LOW at least
+            s = scores(_block(k, j, block), q_i, i, j)
+            new = jnp.maximum(highest, s.max(2, keepdims=True))
+            p = jnp.exp(s - new)  # 0 where a key does not count: new is LOW at least
             shrunk = jnp.exp(highest - new)
-            more = _product("ngrqk,ngkd->ngrqd", p.astype(v.dtype), _block(v, j, block))
-            return new, total * shrunk + p.sum(-1), sums * shrunk[..., None] + more
+            more = _product("ngdk,ngkm->ngdm", _block(v, j, block, -1), p.astype(v.dtype))
+            return new, total * shrunk + p.sum(2, keepdims=True), sums * shrunk + more
 
-        shape = q_i.shape[:-1]
-        none = jnp.full(shape, LOW, dtype), jnp.zeros(shape, dtype), jnp.zeros(q_i.shape, dtype)
+        low = jnp.full((n, g, 1, r * block), LOW, dtype)
+        none = low, jnp.zeros_like(low), jnp.zeros((n, g, d, r * block), dtype)
         highest, total, sums = _loop(*mask.keys_of(i, block), step, none)
         seen = jnp.where(total > 0, total, 1)
-        return (sums / seen[..., None]).astype(v.dtype), highest + jnp.log(seen)
+        return (sums / seen).astype(v.dtype), highest + jnp.log(seen)
 
     o, log_sum = _each(of_queries, q.shape[-2] // block)
-    return _joined(o, mask.queries), _joined(log_sum[..., None], mask.queries)[..., 0]
+    return _joined(o, r, mask.queries), _joined(log_sum, r, mask.queries)[..., 0]
 
 
 def backward(
@@ -67,29 +75,30 @@ def backward(
 ) -> tuple[Array, Array, Array, Array | None]:
     """∂C/∂ q, k and v, given ∂C/∂o; and ∂C/∂ the mask's bias, if it has one."""
     scale = 1 / math.sqrt(q.shape[-1])
-    D = (o.astype(log_sum.dtype) * do).sum(-1)
+    D = _product("ngrqd,ngrqd->ngrq", o, do)
     block, (q, k, v, do, log_sum, D) = _in_blocks(
         mask, q * scale, k, v, do, log_sum[..., None], D[..., None]
     )
     mask, dtype = mask.filled(block), accumulator(q)
+    n, g, r, queries, d = q.shape
+    scores = functools.partial(_scores, mask, r, block)
 
     def of_keys(carried: Any, j: Array | int) -> tuple[Any, tuple[Array, Array]]:
         k_j, v_j = _block(k, j, block), _block(v, j, block)
 
         def step(i: Array | int, carried: Any) -> Any:
             dk, dv, (dq, d_bias) = carried
-            q_i, do_i = _block(q, i, block), _block(do, i, block)
-            s, counts = mask.scored(_scores(q_i, k_j), i * block, j * block)
-            p = jnp.exp(jnp.where(counts, s - _block(log_sum, i, block), 2 * LOW))
-            dp = _product("ngrqd,ngkd->ngrqk", do_i, v_j)
-            ds = p * (dp - _block(D, i, block))
+            q_i, do_i, log_sum_i, D_i = (_rows(a, i, block) for a in (q, do, log_sum, D))
+            p = jnp.exp(scores(k_j, q_i, i, j) - jnp.swapaxes(log_sum_i, 2, 3))
+            ds = p * (_product("ngkd,ngmd->ngkm", v_j, do_i) - jnp.swapaxes(D_i, 2, 3))
             if d_bias is not None:
-                d_bias = _put(d_bias, ds, i * block, j * block)
+                d_bias = _put(d_bias, ds.reshape(n, g, -1, r, block), i * block, j * block)
             p, ds = p.astype(v.dtype), ds.astype(q.dtype)
-            dv = dv + _product("ngrqk,ngrqd->ngkd", p, do_i)
-            dk = dk + _product("ngrqk,ngrqd->ngkd", ds, q_i)
-            dq_i = _block(dq, i, block) + _product("ngrqk,ngkd->ngrqd", ds, k_j)
-            dq = lax.dynamic_update_slice_in_dim(dq, dq_i, i * block, -2)
+            dv = dv + _product("ngkm,ngmd->ngkd", p, do_i)
+            dk = dk + _product("ngkm,ngmd->ngkd", ds, q_i)
+            more = _product("ngkd,ngkm->ngdm", k_j, ds).reshape(n, g, d, r, block)
+            more = _block(dq, i, block, -1) + more
+            dq = lax.dynamic_update_slice_in_dim(dq, more, i * block, -1)
             return dk, dv, (dq, d_bias)
 
         none = jnp.zeros(k_j.shape, dtype), jnp.zeros(v_j.shape, dtype), carried
@@ -97,13 +106,14 @@ def backward(
         return carried, (dk, dv)
 
     d_bias = None if mask.bias is None else jnp.zeros(mask.bias.shape, dtype)
-    carried, count = (jnp.zeros(q.shape, dtype), d_bias), k.shape[-2] // block
+    carried, count = (jnp.zeros((n, g, d, r, queries), dtype), d_bias), k.shape[-2] // block
     if count == 1:
         (dq, d_bias), (dk, dv) = of_keys(carried, 0)
     else:
         (dq, d_bias), (dk, dv) = lax.scan(of_keys, carried, jnp.arange(count))
-        dk, dv = _joined(dk, mask.keys), _joined(dv, mask.keys)
-    dq, dk, dv = dq[..., : mask.queries, :], dk[..., : mask.keys, :], dv[..., : mask.keys, :]
+        dk, dv = (jnp.moveaxis(a, 0, 2).reshape(k.shape) for a in (dk, dv))
+    dq = jnp.moveaxis(dq, 2, -1)[..., : mask.queries, :]
+    dk, dv = dk[..., : mask.keys, :], dv[..., : mask.keys, :]
     if mask.bias is not None and d_bias is not None:
         d_bias = d_bias[..., : mask.queries, : mask.keys].astype(mask.bias.dtype)
     return (dq * scale).astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), d_bias
@@ -112,17 +122,20 @@ def backward(
 def _put(d_bias: Array, ds: Array, i: Array | int, j: Array | int) -> Array:
     """∂C/∂bias with what it is for one block: the sum over the heads that have it together."""
     shared = [axis for axis in (1, 2) if d_bias.shape[axis] == 1]
-    ds = ds.sum(shared, keepdims=True)
+    ds = jnp.moveaxis(ds, 2, -1).sum(shared, keepdims=True)
     return lax.dynamic_update_slice(d_bias, ds, (0, 0, 0, i, j))
 
 
-def _in_blocks(mask: Mask, *arrays: Array) -> tuple[int, list[Array]]:
+def _in_blocks(mask: Mask, q: Array, *arrays: Array) -> tuple[int, list[Array]]:
     """The size of a block, and the arrays filled up with zeros to whole blocks."""
-    block = BLOCK // 2 if math.prod(arrays[0].shape[:-2]) > HEADS else BLOCK
+    *heads, length, d = q.shape
+    block = max(LEAST, min(MOST, 1 << math.isqrt(2 * length * d).bit_length() - 1))
     if jax.default_backend() != "cpu":
-        block = ELSEWHERE
+        block = MOST
+    elif math.prod(heads) > HEADS:
+        block = min(block, FEW)
     block = min(block, max(mask.queries, mask.keys))
-    return block, [_filled(a, block) for a in arrays]
+    return block, [_filled(a, block) for a in (q, *arrays)]
 
 
 def _filled(a: Array, block: int) -> Array:
@@ -130,12 +143,21 @@ def _filled(a: Array, block: int) -> Array:
     return jnp.pad(a, [*[(0, 0)] * (a.ndim - 2), (0, missing), (0, 0)]) if missing else a
 
 
-def _block(a: Array, i: Array | int, block: int) -> Array:
-    return a if a.shape[-2] == block else lax.dynamic_slice_in_dim(a, i * block, block, -2)
+def _block(a: Array, i: Array | int, block: int, axis: int = -2) -> Array:
+    return a if a.shape[axis] == block else lax.dynamic_slice_in_dim(a, i * block, block, axis)
 
 
-def _scores(q: Array, k: Array) -> Array:
-    return _product("ngrqd,ngkd->ngrqk", q, k)
+def _rows(a: Array, i: Array | int, block: int) -> Array:
+    """A block of ``(n, g, r, queries, d)``, the queries of a group's heads one below the other."""
+    n, g, _, _, d = a.shape
+    return _block(a, i, block).reshape(n, g, -1, d)
+
+
+def _scores(mask: Mask, r: int, block: int, k: Array, q: Array, i, j) -> Array:  # type: ignore[no-untyped-def]
+    """Of the keys of block j and the queries of block i, very low where a key does not count."""
+    s = _product("ngkd,ngmd->ngkm", k, q)
+    added, counts = mask.scored(s.reshape(*s.shape[:3], r, block), i * block, j * block)
+    return jnp.where(counts, added, 2 * LOW).reshape(s.shape)
 
 
 def _product(subscripts: str, a: Array, b: Array) -> Array:
@@ -156,7 +178,8 @@ def _each(of_block, count: int):  # type: ignore[no-untyped-def]
     return lax.map(of_block, jnp.arange(count))
 
 
-def _joined(blocks: Array, length: int) -> Array:
-    """``(blocks, …, block, d)`` to ``(…, length, d)``."""
-    rows = jnp.moveaxis(blocks, 0, -3)
-    return rows.reshape(*rows.shape[:-3], -1, rows.shape[-1])[..., :length, :]
+def _joined(blocks: Array, r: int, queries: int) -> Array:
+    """``(blocks, n, g, d, r block)`` to ``(n, g, r, queries, d)``."""
+    count, n, g, d, m = blocks.shape
+    rows = jnp.transpose(blocks.reshape(count, n, g, d, r, m // r), (1, 2, 4, 0, 5, 3))
+    return rows.reshape(n, g, r, -1, d)[..., :queries, :]
