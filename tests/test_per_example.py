@@ -51,7 +51,10 @@ def stack_axes(name, params):
     return tuple(jax.tree.map(lambda _, n=n: n, p) for n, p in zip(axes, params))
 
 
-@pytest.mark.parametrize("name, microbatch", cases(("tied stacks", 4)))
+@pytest.mark.parametrize(
+    "name, microbatch",
+    [*cases(("tied stacks", 4)), ("nested repeat", 1), ("tied stacks", 1), ("mixed", 1)],
+)
 def test_gradients_norms_and_clipping_equal_their_definitions(name, microbatch):
     model, loss, *data = case(name)
     weights, bound = jnp.array(WEIGHTS), 0.3
@@ -127,6 +130,7 @@ def test_a_layers_norm_is_that_of_its_parameters_together():
         (jnp.nan, {"recursions": 1}),
         (jnp.nan, {"per": "layer"}),
         (jnp.nan, {"microbatch": 2}),
+        (jnp.inf, {"microbatch": 1, "per": "layer"}),
     ],
 )
 def test_an_example_that_is_not_finite_adds_nothing_and_is_reported(bad, options):
@@ -148,7 +152,9 @@ def test_an_example_that_is_not_finite_adds_nothing_and_is_reported(bad, options
     assert none[1].loss == 0
 
 
-@pytest.mark.parametrize("options", [{}, {"recursions": 1, "per": "layer"}, {"microbatch": 2}])
+@pytest.mark.parametrize(
+    "options", [{}, {"recursions": 1, "per": "layer"}, {"microbatch": 2}, {"microbatch": 1}]
+)
 def test_an_example_that_is_not_finite_adds_nothing_where_the_model_is_undefined_at_0(options):
     """x / ‖x‖, undefined at 0 and so no place for zeros to stand in."""
 
