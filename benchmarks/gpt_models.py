@@ -157,22 +157,30 @@ def chunked(sizes: Sizes, *, checkpoint: bool) -> Callable[..., Array]:
 # ---- libraries
 
 
-def flax(sizes: Sizes, x: Array, y: Array) -> tuple[Callable, tuple]:
+def flax(sizes: Sizes, x: Array, y: Array, by_ops: bool = False) -> tuple[Callable, tuple]:
+    """As most people write it, or with its attention, gelu and loss from ``bp.ops``."""
     from flax import linen
+
+    def attention(q: Array, k: Array, v: Array, **_: Any) -> Array:
+        return bp.ops.attention(q, k, v)
 
     class Block(linen.Module):
         @linen.compact
         def __call__(self, h: Array, _: Any) -> tuple[Array, None]:
             a = linen.LayerNorm()(h)
-            mask = linen.make_causal_mask(x)
-            heads = linen.MultiHeadDotProductAttention(sizes.heads, use_bias=False)
+            mask = None if by_ops else linen.make_causal_mask(x)
+            how: dict[str, Any] = {"attention_fn": attention} if by_ops else {}
+            heads = linen.MultiHeadDotProductAttention(sizes.heads, use_bias=False, **how)
             h = h + heads(a, a, mask=mask)
             a = linen.Dense(4 * sizes.width)(linen.LayerNorm()(h))
-            return h + linen.Dense(sizes.width)(linen.gelu(a)), None
+            gelu = bp.ops.gelu if by_ops else linen.gelu
+            return h + linen.Dense(sizes.width)(gelu(a)), None
 
     class Gpt(linen.Module):
         @linen.compact
-        def __call__(self, x: Array) -> Array:
+        def __call__(self, x: Array, y: Array) -> Array:
+            import optax
+
             table = linen.Embed(sizes.vocabulary, sizes.width)
             h = table(x) + self.param(
                 "p", linen.initializers.normal(0.02), (x.shape[1], sizes.width)
@@ -180,18 +188,14 @@ def flax(sizes: Sizes, x: Array, y: Array) -> tuple[Callable, tuple]:
             blocks = linen.scan(
                 Block, {"params": 0}, split_rngs={"params": True}, length=sizes.layers
             )
-            return table.attend(linen.LayerNorm()(blocks()(h, None)[0]))
+            h = linen.LayerNorm()(blocks()(h, None)[0])
+            if by_ops:
+                return bp.ops.linear_softmax_cross_entropy(h, table.embedding, y, 1 / y.size)
+            return optax.softmax_cross_entropy_with_integer_labels(table.attend(h), y).mean()
 
     model = Gpt()
-
-    def cost(params: Tree, x: Array, y: Array) -> Array:
-        import optax
-
-        z = model.apply(params, x)
-        return optax.softmax_cross_entropy_with_integer_labels(z, y).mean()
-
-    params = jax.jit(model.init)(jax.random.key(0), x)
-    return jax.value_and_grad(cost), (params, x, y)
+    params = jax.jit(model.init)(jax.random.key(0), x, y)
+    return jax.value_and_grad(model.apply), (params, x, y)
 
 
 def equinox(sizes: Sizes, x: Array, y: Array) -> tuple[Callable, tuple]:

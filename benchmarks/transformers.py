@@ -92,6 +92,11 @@ def _gpt(sizes: models.Sizes) -> Row:
             _same("strongest: chunked", step(models.chunked(sizes, checkpoint=False))),
             _same("chunked, jax.checkpoint", step(models.chunked(sizes, checkpoint=True))),
             Candidate("flax", lambda: models.flax(sizes, *inputs()[1:]), same=False),
+            Candidate(
+                "flax, bp.ops",
+                lambda: models.flax(sizes, *inputs()[1:], by_ops=True),
+                same=False,
+            ),
             Candidate("equinox", lambda: models.equinox(sizes, *inputs()[1:]), same=False),
             Candidate("torch", lambda: models.torch(sizes, *inputs()[1:]), jit=False, same=False),
             Candidate("peak", lambda: peak_of(sizes.operations), same=False),

@@ -63,11 +63,10 @@ class GPT(nn.Module):
             x = Block(self.heads, self.by_ops)(x)
         x = nn.LayerNorm()(x)
         if self.by_ops:
-            costs = ops.linear_softmax_cross_entropy(x, table.embedding, wanted)  # the second
-        else:
-            logits = table.attend(x)
-            costs = optax.softmax_cross_entropy_with_integer_labels(logits, wanted)
-        return costs.mean()
+            share = 1 / wanted.size  # of a position in the mean
+            return ops.linear_softmax_cross_entropy(x, table.embedding, wanted, share)  # the second
+        logits = table.attend(x)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, wanted).mean()
 
 
 def parser():

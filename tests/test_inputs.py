@@ -133,7 +133,7 @@ KINDS = {
     **dict.fromkeys(("seed", "epochs", "steps"), "whole from 0 or none"),
     **dict.fromkeys(("heads", "length"), "whole from 1"),
     **dict.fromkeys(("kv_heads", "window"), "whole from 1 or none"),
-    **dict.fromkeys(("causal", "alibi"), "flag"),
+    **dict.fromkeys(("causal", "alibi", "approximate"), "flag"),
     "rotary": "above 1 or none",
     "checkpoint": "whole from 1 or flag",
     "axis": "whole",
@@ -213,6 +213,7 @@ IN = {
     ("loss", "name"): "text or none",
     ("trainable", "frozen"): "frozen of parameters",
     **dict.fromkeys((("summary", "x"), ("equations", "x")), "an example"),
+    ("ops.linear_softmax_cross_entropy", "weights"): "an array or none",
     ("equations", "params"): "arrays or none",
     ("check_layer", "x"): "an example",
     **dict.fromkeys((("check_layer", "seed"), ("check_model", "seed")), "whole from 0"),
@@ -270,6 +271,7 @@ GOOD_IN = {
         for name, gates in (("lstm", 4), ("gru", 3), ("rnn", 1))
         for argument, shape in (("weight_x", (5,)), ("weight_h", (3,)), ("bias", ()))
     },
+    ("ops.gelu", "x"): X,
     ("ops.gru", "bias_n"): np.ones(3),
     ("ops.linear_softmax_cross_entropy", "h"): X,
     ("ops.linear_softmax_cross_entropy", "weight"): X[:3],

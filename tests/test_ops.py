@@ -14,6 +14,7 @@ from jax import lax
 
 import functional_bp as bp
 from functional_bp import ops
+from functional_bp.losses import by_positions
 
 N, T, D, H, V = 5, 6, 3, 4, 11
 WITHIN = 1e-11
@@ -230,6 +231,36 @@ def test_positions_that_are_left_out_by_where_have_no_gradient():
     )
 
 
+@pytest.mark.parametrize("at_once", [True, False])
+def test_a_weighted_sum_over_positions_is_the_formulas(at_once, monkeypatch):
+    """With the gradients of all that it takes, made at once or where logits are too many."""
+    if not at_once:
+        monkeypatch.setattr(by_positions, "MOST", 0)
+    options = {"smoothing": 0.1, "z_loss": 0.2}
+    of_positions = normal(12, N, T)
+    of_positions[:, 2] = 0
+    arrays = {**VOCABULARY, "weights": of_positions}
+
+    def formula(h, weight, weights):
+        return (weights * cost_of_one(h, weight, IDS, 0.1, 0.2)).sum()
+
+    def op(ids=IDS, **arrays):
+        return ops.linear_softmax_cross_entropy(ids=ids, **arrays, **options)
+
+    ours = with_gradients(jax.jit(lambda arrays: op(**arrays)), arrays)
+    check_equal(ours, with_gradients(lambda arrays: formula(**arrays), arrays), WITHIN)
+    padded = IDS.copy()
+    padded[:, 2] = -1
+    counted = jax.jit(lambda a, ids: op(ids=ids, weights=of_positions, **a))
+    found, wanted = (
+        with_gradients(lambda a, ids=ids: counted(a, ids), VOCABULARY) for ids in (padded, IDS)
+    )
+    check_equal(found, wanted, 0)
+    mean = ops.linear_softmax_cross_entropy(HIDDEN, VOCABULARY["weight"], IDS, 1 / IDS.size)
+    costs = ops.linear_softmax_cross_entropy(ids=IDS, **VOCABULARY)
+    check_equal({"": mean}, {"": costs.mean()}, WITHIN)
+
+
 def test_they_go_through_scan():
     def layers(op, weights, x):
         return lax.scan(lambda h, w: (op(h, **w)[0], None), x, weights)[0]
@@ -257,6 +288,19 @@ def test_in_bfloat16_they_are_the_formulas_but_for_rounding(name):
     wide = jax.tree.map(lambda a: a.astype(jnp.float64), small)
     wanted = with_gradients(lambda arrays: op(**arrays), wide)
     check_equal(jax.tree.map(lambda a: a.astype(jnp.float64), found), wanted, 0.1)
+
+
+@pytest.mark.parametrize("approximate", [True, False])
+def test_gelu_is_jaxs_and_keeps_its_input_alone(approximate):
+    both = ops.gelu, jax.nn.gelu
+    ours, wanted = (
+        with_gradients(lambda a, gelu=gelu: gelu(a["x"], approximate=approximate), {"x": 3 * X})
+        for gelu in both
+    )
+    check_equal(ours, wanted, WITHIN)
+    given = jax.ShapeDtypeStruct(X.shape, X.dtype)
+    _, pull = jax.eval_shape(lambda x: jax.vjp(ops.gelu, x), given)
+    assert [a.shape for a in jax.tree.leaves(pull)] == [X.shape]
 
 
 def test_costs_of_bfloat16_are_in_float32():
@@ -374,6 +418,12 @@ COSTS = {
         ),
         *(drawn(e=(V, H), w=(H, H)), GIVEN_IDS, IDS),
     ),
+    "a sum": (
+        lambda p, x, y: ops.linear_softmax_cross_entropy(
+            ops.gelu(p["e"][x] @ p["w"]), p["e"], y, p["p"], smoothing=0.1
+        ),
+        *(drawn(e=(V, H), w=(H, H), p=(T,)), GIVEN_IDS, IDS),
+    ),
     "learned vectors": (
         lambda p, x, y: logits_cost(p["h"], p["e"], y),
         *(drawn(e=(V, H), h=(T, H)), GIVEN_IDS, IDS),
@@ -420,7 +470,7 @@ COSTS = {
         *(drawn(**RECURRENT, x=(T, D), o=(D, H)), X, Y),
     ),
 }
-OFTEN = ("lstm", "gru", "tied", "learned keys", "in a scan", "by chunks")
+OFTEN = ("lstm", "gru", "tied", "a sum", "learned keys", "in a scan", "by chunks")
 
 
 @pytest.mark.parametrize(
@@ -517,7 +567,7 @@ def test_explain_says_what_is_kept():
 
 
 def test_the_hessian_goes_through_them():
-    for name in ("two sequences", "tied"):
+    for name in ("two sequences", "tied", "a sum"):
         cost, params, x, y = COSTS[name]
         v = direction(params)
         found = jax.jit(bp.hvp(cost, None))(params, x, y, v)
@@ -602,6 +652,14 @@ WRONG = [
     ("entropy: ids:", lambda: ops.linear_softmax_cross_entropy(ids=IDS[0], **VOCABULARY)),
     ("entropy: ids:", lambda: ops.linear_softmax_cross_entropy(ids=HIDDEN, **VOCABULARY)),
     ("entropy: ids:", lambda: ops.linear_softmax_cross_entropy(ids=IDS + V, **VOCABULARY)),
+    (
+        "entropy: weights:",
+        lambda: ops.linear_softmax_cross_entropy(ids=IDS, weights=X, **VOCABULARY),
+    ),
+    (
+        "entropy: weights:",
+        lambda: ops.linear_softmax_cross_entropy(ids=IDS, weights=IDS, **VOCABULARY),
+    ),
     (
         "entropy: smoothing:",
         lambda: ops.linear_softmax_cross_entropy(ids=IDS, smoothing=2, **VOCABULARY),

@@ -7,10 +7,11 @@ gradients.
 """
 
 from ..docstrings import shown
+from .activations import gelu
 from .attention import attention
 from .recurrence import gru, lstm, rnn
 from .vocabulary import linear_softmax_cross_entropy
 
-__all__ = ["attention", "gru", "linear_softmax_cross_entropy", "lstm", "rnn"]
+__all__ = ["attention", "gelu", "gru", "linear_softmax_cross_entropy", "lstm", "rnn"]
 
 __dir__ = shown(globals())

@@ -11,7 +11,8 @@ from jax import Array
 
 from ..checks import ModelError, is_traced, number
 from ..contractions import Contraction
-from ..losses import vocabulary
+from ..factors.factored import accumulator
+from ..losses import by_positions, vocabulary
 from ..traced.named import Named
 from .checks import floating, integers, shaped
 
@@ -19,9 +20,16 @@ Tree = Any
 
 
 def linear_softmax_cross_entropy(
-    h: Array, weight: Array, ids: Array, *, smoothing: float = 0.0, z_loss: float = 0.0
+    h: Array,
+    weight: Array,
+    ids: Array,
+    weights: Array | None = None,
+    *,
+    smoothing: float = 0.0,
+    z_loss: float = 0.0,
 ) -> Array:
-    """The cost of each position: softmax cross-entropy of ``h @ weight.T``, never all there.
+    """The cost of each position, or their weighted sum: softmax cross-entropy of ``h @ weight.T``,
+    never all there.
 
     Forward:
 
@@ -37,21 +45,24 @@ def linear_softmax_cross_entropy(
 
     The logits z are made for some words at a time, twice, as in
     ``bp.losses.linear_softmax_cross_entropy``: memory does not grow with the number of positions
-    times that of words. Where only some positions count, leave the others out by
-    ``jnp.where(mask, costs, 0)``. (Milakov & Gimelshein 2018; Szegedy et al. 2016, α; Chowdhery et
-    al. 2022, ζ.) There is a backward pass, and no forward mode (``jax.jvp``). A batch is better
-    given on leading axes than by ``vmap``, under which W's gradients are made for each example and
-    then added.
+    times that of words. Where ``weights`` are given, C is Σ_t weights_t C_t. Its gradients are then
+    made with it, each logit once, three products in place of four: say ``weights=1 / ids.size`` for
+    a mean and ``weights=mask / mask.sum()`` where only some positions count. (Milakov & Gimelshein
+    2018; Szegedy et al. 2016, α; Chowdhery et al. 2022, ζ.) There is a backward pass, and no
+    forward mode (``jax.jvp``). A batch is better given on leading axes than by ``vmap``, under
+    which W's gradients are made for each example and then added.
 
     Args:
       h: ``(…, t, d)``, any leading axes.
       weight: W, ``(vocabulary, d)``, such as an embedding's table.
       ids: ``(…, t)``, integers.
+      weights: of the positions, ``(…, t)`` or what broadcasts to that; None for no sum. A position
+        of weight 0 does not count, whatever stands there.
       smoothing: α, from 0 to 1.
       z_loss: ζ, from 0.
 
     Returns:
-      ``(…, t)``, in float32 at least.
+      ``(…, t)``, or with weights one number; in float32 at least.
 
     Raises:
       ModelError: for shapes that do not fit and ids outside the vocabulary. One that is traced
@@ -59,7 +70,9 @@ def linear_softmax_cross_entropy(
 
     Example:
       >>> h, weight, ids = jnp.ones((2, 5, 8)), jnp.ones((100, 8)), jnp.zeros((2, 5), int)
-      >>> print(bp.ops.linear_softmax_cross_entropy(h, weight, ids).mean().round(3))
+      >>> bp.ops.linear_softmax_cross_entropy(h, weight, ids).shape
+      (2, 5)
+      >>> print(bp.ops.linear_softmax_cross_entropy(h, weight, ids, 1 / ids.size).round(3))
       4.605
     """
     op = "ops.linear_softmax_cross_entropy"
@@ -81,28 +94,60 @@ def linear_softmax_cross_entropy(
             raise ModelError(
                 f"{op}: ids: takes 0 to {len(weight) - 1}, got {given.min()} to {given.max()}"
             )
-    rule = _rule(float(smoothing), float(z_loss))
-    (costs,) = rule.one(h.reshape(-1, h.shape[-1]), weight, ids.reshape(-1))
-    return costs.reshape(ids.shape)
+    operands = [h.reshape(-1, h.shape[-1]), weight, ids.reshape(-1)]
+    if weights is None:
+        (costs,) = _rule(float(smoothing), float(z_loss), summed=False).one(*operands)
+        return costs.reshape(ids.shape)
+    operands.append(_broadcast(f"{op}: weights", weights, ids.shape).astype(accumulator(h)))
+    (cost,) = _rule(float(smoothing), float(z_loss), summed=True).one(*operands)
+    return cost
+
+
+def _broadcast(what: str, weights: Any, shape: tuple[int, ...]) -> Array:
+    """Of all positions, on one axis."""
+    weights = floating(what, jnp.asarray(weights) if isinstance(weights, float) else weights)
+    try:
+        return jnp.broadcast_to(weights, shape).reshape(-1)
+    except ValueError:
+        raise ModelError(f"{what}: takes {shape}, got {weights.shape}") from None
 
 
 @functools.cache
-def _rule(smoothing: float, z_loss: float) -> Named:
+def _rule(smoothing: float, z_loss: float, summed: bool) -> Named:
     """Of h ``(t, d)``; options are in the name, since a program has no others."""
+    options = smoothing, z_loss
 
-    def forward(h: Array, weight: Array, ids: Array) -> tuple[list[Array], Tree]:
-        costs, kept = vocabulary.forward(weight, h, ids, smoothing, z_loss)
-        return [costs], kept
+    def forward(h: Array, weight: Array, ids: Array, *weights: Array) -> tuple[list[Array], Tree]:
+        costs, kept = vocabulary.forward(weight, h, ids, *options)
+        return [_summed(costs, *weights) if summed else costs], (kept, costs)
 
     def backward(
-        operands: tuple[Array, ...], kept: Tree, dy: list[Array], contract: Contraction
+        operands: tuple[Array, ...], residuals: Tree, dy: list[Array], contract: Contraction
     ) -> list[Any]:
-        dh, factor = vocabulary.backward(operands[1], kept, dy[0], smoothing, z_loss)
-        left_out = jnp.isnan(kept.wanted) & (dy[0] == 0)[..., None]  # with an id that is none
-        dh = jnp.where(left_out, 0, dh)
-        return [dh, contract(factor), None]
+        (kept, costs), (d_costs,), weights = residuals, dy, operands[3:]
+        d_weights = [d_costs[:, None] * costs for _ in weights]
+        if summed:
+            d_costs = d_costs[:, None] * weights[0]
+        dh, factor = vocabulary.backward(operands[1], kept, d_costs, *options)
+        left_out = jnp.isnan(kept.wanted) & (d_costs == 0)[..., None]  # with an id that is none
+        return [jnp.where(left_out, 0, dh), contract(factor), None, *d_weights]
+
+    def at_once(
+        h: Array, weight: Array, ids: Array, *weights: Array
+    ) -> tuple[list[Array], list[Any]] | None:
+        if not summed or not by_positions.fits(len(h), len(weight)):
+            return None
+        costs, dh, dW = by_positions.swept(weight, h, ids, weights[0], smoothing, z_loss)
+        dh = jnp.where((weights[0] == 0)[..., None], 0, dh)
+        return [_summed(costs, *weights)], [dh, dW, None, costs]
 
     given = {"smoothing": smoothing, "z_loss": z_loss}
-    said = ", ".join(f"{name}={value}" for name, value in given.items() if value)
-    name = "functional_bp.linear_softmax_cross_entropy" + (f"({said})" if said else "")
-    return Named(name, forward, backward, shared=(1,), ranks=(2, 2, 1), reads=(2,))
+    said = [f"{name}={value}" for name, value in given.items() if value] + ["weights"] * summed
+    name = "functional_bp.linear_softmax_cross_entropy" + f"({', '.join(said)})" * bool(said)
+    ranks = (2, 2, 1, 1) if summed else (2, 2, 1)
+    return Named(name, forward, backward, (1,), ranks, reads=(2,), at_once=at_once)
+
+
+def _summed(costs: Array, weights: Array) -> Array:
+    """Σ_t w_t C_t of each example."""
+    return jnp.where(weights == 0, 0, weights * costs).sum(-1)

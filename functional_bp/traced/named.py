@@ -35,6 +35,9 @@ class Named:
       shared: which operands are weights, the same for all examples.
       ranks: the number of axes of every operand, of one example.
       reads: which operands, of integers, are also in the factors.
+      at_once: of a function whose only output is a number, ``(*operands) -> (outputs, gradients)``
+        where it is cheaper to make both on the way forward, with one gradient for each operand;
+        elsewhere None.
     """
 
     name: str
@@ -43,6 +46,7 @@ class Named:
     shared: tuple[int, ...]
     ranks: tuple[int, ...]
     reads: tuple[int, ...] = ()
+    at_once: Callable[..., tuple[list[Array], list[Any]] | None] = lambda *operands: None
 
     @functools.cached_property
     def one(self) -> Callable[..., list[Array]]:
@@ -53,13 +57,18 @@ class Named:
             return forward(*operands)[0]
 
         def forward(*operands: Array) -> tuple[list[Array], Tree]:
-            outputs, residuals = self.forward(*self.batch_of_one(operands))
-            return [y[0] for y in outputs], (operands, residuals)
+            batch = self.batch_of_one(operands)
+            made = self.at_once(*batch)
+            outputs, residuals = self.forward(*batch) if made is None else (made[0], None)
+            return [y[0] for y in outputs], (operands, residuals, made and made[1])
 
         def backward(kept: Tree, d_outputs: list[Array]) -> tuple[Any, ...]:
-            operands, residuals = kept
-            dy = [d[None] for d in d_outputs]
-            found = self.backward(self.batch_of_one(operands), residuals, dy, total)
+            operands, residuals, gradients = kept
+            if gradients is None:
+                dy = [d[None] for d in d_outputs]
+                found = self.backward(self.batch_of_one(operands), residuals, dy, total)
+            else:
+                found = [g if g is None else d_outputs[0] * g for g in gradients]
             shapes = zip(found, operands)
             return tuple(d if d is None else d.reshape(a.shape).astype(a.dtype) for d, a in shapes)
 
