@@ -14,6 +14,7 @@ from jax import lax
 
 import functional_bp as bp
 from functional_bp import ops
+from functional_bp.layers.attention import streamed
 from functional_bp.losses import by_positions
 
 N, T, D, H, V = 5, 6, 3, 4, 11
@@ -80,10 +81,12 @@ def cost_of_one(h, weight, ids, smoothing=0.0, z_loss=0.0):
     return -(q * log_p).sum(-1) + z_loss * jax.nn.logsumexp(z, axis=-1) ** 2
 
 
-def attention_of_one(query, key, value, lengths=None, causal=True, window=None, alibi=False):
+def attention_of_one(
+    query, key, value, lengths=None, mask=True, bias=0.0, causal=True, window=None, alibi=False
+):
     (t, heads, d), s = query.shape, len(key)
     k, v = (jnp.repeat(a, heads // key.shape[1], 1) for a in (key, value))
-    e = jnp.einsum("thd,shd->hts", query, k) / math.sqrt(d)
+    e = jnp.einsum("thd,shd->hts", query, k) / math.sqrt(d) + bias
     back = np.arange(t)[:, None] - np.arange(s)
     if alibi:
         e -= 2.0 ** (-8 * np.arange(1, heads + 1) / heads)[:, None, None] * abs(back)
@@ -91,7 +94,7 @@ def attention_of_one(query, key, value, lengths=None, causal=True, window=None, 
     if window is not None:
         seen &= (back < window) & (-back < window)
     seen = seen if lengths is None else seen & (np.arange(s) < lengths)
-    p = jax.nn.softmax(jnp.where(seen, e, -1e300), axis=-1)
+    p = jax.nn.softmax(jnp.where(seen & mask, e, -1e300), axis=-1)
     return jnp.einsum("hts,shd->thd", p, v)
 
 
@@ -104,6 +107,8 @@ STATE = {name: normal(i, N, H) for i, name in enumerate(("h0", "c0"), 40)}
 Q, K, VALUES = (normal(i, N, T, heads, D) for i, heads in ((2, 4), (3, 2), (4, 2)))
 CONTEXT = {"key": normal(5, N, 9, 2, D), "value": normal(6, N, 9, 2, D)}
 LENGTHS = np.array([T, 1, 3, 2, T])
+SEEN = np.random.default_rng(14).random((N, 4, T, T)) < 0.7
+SEEN |= np.eye(T, dtype=bool)
 HIDDEN, IDS = normal(7, N, T, H), ids_of(8, N, T)
 
 ATTENTION = {"query": Q, "key": K, "value": VALUES}
@@ -138,6 +143,12 @@ FORMULAS = {
         functools.partial(attention_of_one, window=3, alibi=True),
         *(ATTENTION, {}),
     ),
+    "attention, mask, bias": (
+        functools.partial(ops.attention, causal=False),
+        functools.partial(attention_of_one, causal=False),
+        *(ATTENTION, {"bias": normal(13, N, 4, T, T), "mask": SEEN[:, :1]}),
+    ),
+    "attention, mask of heads": (ops.attention, attention_of_one, ATTENTION, {"mask": SEEN}),
     "attention, lengths": (
         functools.partial(ops.attention, causal=False, window=2 * T),
         functools.partial(attention_of_one, causal=False),
@@ -178,6 +189,26 @@ def test_values_and_gradients_are_the_formulas(name):
         ours = with_gradients(jax.jit(lambda arrays: op(**arrays, **given)), arrays)
     wanted = with_gradients(jax.jit(lambda a: batched(formula, arrays)(a, given)), arrays)
     check_equal(ours, wanted, WITHIN)
+
+
+@pytest.mark.parametrize("shape", [(T, T), (4, T, T), (N, 1, T, T), (1, 4, T, T)])
+def test_a_bias_and_a_mask_that_some_share_are_those_of_each(shape, monkeypatch):
+    """Over many blocks; the bias's gradient is the sum over those who share it."""
+    monkeypatch.setattr(streamed, "LEAST", 4)
+    monkeypatch.setattr(streamed, "MOST", 4)
+    bias, keys_seen = normal(15, *shape), SEEN[:, :1, 2:3]
+
+    def op(a):
+        return ops.attention(**a["of"], bias=a["bias"], mask=keys_seen, causal=False)
+
+    def formula(a):
+        of_each = jnp.broadcast_to(a["bias"], SEEN.shape)
+        one = functools.partial(attention_of_one, causal=False)
+        of = (a["of"][name] for name in ("query", "key", "value"))
+        return jax.vmap(lambda q, k, v, b, m: one(q, k, v, bias=b, mask=m))(*of, of_each, keys_seen)
+
+    arrays = {"of": ATTENTION, "bias": bias}
+    check_equal(with_gradients(jax.jit(op), arrays), with_gradients(formula, arrays), WITHIN)
 
 
 @pytest.mark.parametrize("name", ["gru", "attention, lengths"])
@@ -674,6 +705,10 @@ WRONG = [
     ("attention: key:", lambda: ops.attention(Q, Q[:, :, :3], VALUES)),
     ("attention: key:", lambda: ops.attention(Q, K[0], VALUES)),
     ("attention: value:", lambda: ops.attention(Q, K, VALUES[:, 1:])),
+    ("attention: mask:", lambda: ops.attention(Q, K, VALUES, mask=SEEN[:2])),
+    ("attention: mask:", lambda: ops.attention(Q, K, VALUES, mask=1.0 * SEEN)),
+    ("attention: bias:", lambda: ops.attention(Q, K, VALUES, bias=np.ones((T, 1)))),
+    ("attention: bias:", lambda: ops.attention(Q, K, VALUES, bias=SEEN)),
     ("attention: window:", lambda: ops.attention(Q, K, VALUES, window=0)),
     ("attention: causal:", lambda: ops.attention(Q, K, VALUES, causal=1)),
     ("attention: lengths:", lambda: ops.attention(Q, K, VALUES, lengths=LENGTHS[:2])),

@@ -14,7 +14,7 @@ from ..checks import ModelError, flag, whole
 from ..layers.attention import streamed
 from ..layers.attention.masks import Mask
 from ..layers.attention.positions import alibi_slopes
-from .checks import floating, integers
+from .checks import bools, floating, integers
 
 Tree = Any
 
@@ -27,13 +27,15 @@ def attention(
     causal: bool = True,
     window: int | None = None,
     lengths: Array | None = None,
+    mask: Array | None = None,
+    bias: Array | None = None,
     alibi: bool = False,
 ) -> Array:
     """Attention in memory linear in the lengths, in ``jax.nn.dot_product_attention``'s layout.
 
     Forward:
 
-        p_{ts} = softmax over s of q_t · k_s / √d,  over the s that t may see
+        p_{ts} = softmax over s of q_t · k_s / √d + bias_{ts},  over the s that t may see
         o_t = Σ_s p_{ts} v_s      (each head)
 
     Backward:
@@ -41,6 +43,7 @@ def attention(
         ∂C/∂v_s = Σ_t p_{ts} ∂C/∂o_t
         ∂C/∂e_{ts} = p_{ts} (∂C/∂o_t · v_s − ∂C/∂o_t · o_t)
         ∂C/∂q_t = Σ_s ∂C/∂e_{ts} k_s / √d,  ∂C/∂k_s = Σ_t ∂C/∂e_{ts} q_t / √d
+        ∂C/∂bias_{ts} = ∂C/∂e_{ts}      (summed over those who share it)
 
     p is made block by block, and again on the way back, as in ``bp.attention``. A query that sees
     no key gives 0. (Vaswani et al. 2017; Dao et al. 2022.) There is a backward pass, and no forward
@@ -54,6 +57,9 @@ def attention(
       window: how many positions it sees at most, its own the last (or, not causal, so many on
         either side); None for all.
       lengths: ``(…,)``, how many keys count; None for all.
+      mask: bools, which keys a query sees: what broadcasts to ``(…, heads, t, s)``; None for all.
+      bias: numbers added to the scores, −∞ where a key is not seen: ``(t, s)``, ``(heads, t, s)``
+        or ``(…, heads, t, s)``, any axis before t also 1; None for 0.
       alibi: whether scores fall linearly with distance. (Press et al. 2022.)
 
     Returns:
@@ -83,9 +89,14 @@ def attention(
         if lengths.shape not in ((), lead):
             raise ModelError(f"{op}: lengths: takes {lead}, got {lengths.shape}")
         lengths = jnp.broadcast_to(lengths, lead).reshape(-1)
+    shape = (*lead, query.shape[-2], query.shape[-3], key.shape[-3])
+    if mask is not None:
+        mask = _of_pairs(f"{op}: mask", bools(f"{op}: mask", mask), shape, whole=False)
+    if bias is not None:
+        bias = _of_pairs(f"{op}: bias", floating(f"{op}: bias", bias), shape, whole=True)
     dtype = jnp.result_type(query, key, value)
     q, k, v = (a.astype(dtype).reshape(-1, *a.shape[-3:]) for a in (query, key, value))
-    return _function(causal, window, alibi)(q, k, v, lengths).reshape(query.shape)
+    return _function(causal, window, alibi)(q, k, v, lengths, mask, bias).reshape(query.shape)
 
 
 def _check(op: str, query: Array, key: Array, value: Array) -> None:
@@ -102,14 +113,34 @@ def _check(op: str, query: Array, key: Array, value: Array) -> None:
         raise ModelError(f"{op}: value: takes the key's {key.shape}, got {value.shape}")
 
 
+def _of_pairs(what: str, a: Array, shape: tuple[int, ...], *, whole: bool) -> Array:
+    """What there is for each pair of positions, ``(n or 1, heads or 1, t, s)``; t and s may be 1
+    too unless it must be ``whole``."""
+    rank, last = len(shape), shape[-2:]
+    sizes = (*(1,) * (rank - a.ndim), *a.shape)
+    fits = 2 <= a.ndim <= rank and (not whole or a.shape[-2:] == last)
+    if not fits or any(size not in (1, wanted) for size, wanted in zip(sizes, shape)):
+        those = f"{last} of {shape}, others or 1" if whole else f"{shape}, any axis or 1"
+        raise ModelError(f"{what}: takes {those}, got {a.shape}")
+    if any(size > 1 for size in sizes[:-3]):
+        sizes = (*shape[:-3], *sizes[-3:])
+    return jnp.broadcast_to(a, sizes).reshape(-1, *sizes[-3:])
+
+
 @functools.cache
 def _function(causal: bool, window: int | None, alibi: bool) -> Callable[..., Array]:
-    """Of q ``(n, t, heads, d)``, k and v ``(n, s, groups, d)``."""
+    """Of q ``(n, t, heads, d)``, k and v ``(n, s, groups, d)``, and what is given for pairs."""
 
-    def mask(q: Array, k: Array, lengths: Array | None) -> Mask:
+    def all_of(q: Array, k: Array, lengths: Array | None, *pairs: Array | None) -> Mask:
         heads, groups = q.shape[-2], k.shape[-2]
         slopes = alibi_slopes(heads).reshape(groups, -1).astype(q.dtype) if alibi else None
-        return Mask(causal, window, q.shape[1], k.shape[1], lengths, slopes)
+        mask, bias = (a if a is None else of_groups(a, groups) for a in pairs)
+        return Mask(causal, window, q.shape[1], k.shape[1], lengths, slopes, bias, mask)
+
+    def of_groups(a: Array, groups: int) -> Array:
+        """``(n, heads or 1, t, s)`` to ``(n, g or 1, r or 1, t, s)``."""
+        n, heads, *pairs = a.shape
+        return a.reshape(n, *((1, 1) if heads == 1 else (groups, heads // groups)), *pairs)
 
     def in_groups(q: Array, groups: int) -> Array:
         """``(n, t, heads, d)`` to ``(n, g, r, t, d)``."""
@@ -125,23 +156,26 @@ def _function(causal: bool, window: int | None, alibi: bool) -> Callable[..., Ar
         return jnp.moveaxis(a, 3, 1).reshape(n, t, g * r, d)
 
     @jax.custom_vjp
-    def function(q: Array, k: Array, v: Array, lengths: Array | None) -> Array:
-        return forward(q, k, v, lengths)[0]
+    def function(q: Array, k: Array, v: Array, *given: Array | None) -> Array:
+        return forward(q, k, v, *given)[0]
 
-    def forward(q: Array, k: Array, v: Array, lengths: Array | None) -> tuple[Array, Tree]:
-        o, log_sum = streamed.forward(*in_heads(q, k, v), mask(q, k, lengths))
-        return out_of_groups(o), (q, k, v, lengths, o, log_sum)
+    def forward(q: Array, k: Array, v: Array, *given: Array | None) -> tuple[Array, Tree]:
+        o, log_sum = streamed.forward(*in_heads(q, k, v), all_of(q, k, *given))
+        return out_of_groups(o), (q, k, v, given, o, log_sum)
 
     def backward(kept: Tree, dy: Array) -> tuple[Array | None, ...]:
-        q, k, v, lengths, o, log_sum = kept
+        q, k, v, given, o, log_sum = kept
         of_heads, do = in_heads(q, k, v), in_groups(dy, k.shape[-2])
-        dq, dk, dv, _ = streamed.backward(*of_heads, o, log_sum, do, mask(q, k, lengths))
-        return out_of_groups(dq), jnp.swapaxes(dk, 1, 2), jnp.swapaxes(dv, 1, 2), None
+        dq, dk, dv, d_bias = streamed.backward(*of_heads, o, log_sum, do, all_of(q, k, *given))
+        if d_bias is not None:
+            d_bias = d_bias.reshape(given[-1].shape)
+        dk, dv = (jnp.swapaxes(d, 1, 2) for d in (dk, dv))
+        return out_of_groups(dq), dk, dv, None, None, d_bias
 
     function.defvjp(forward, backward)
 
-    def called(q: Array, k: Array, v: Array, lengths: Array | None) -> Array:
-        return function(q, k, v, lengths)
+    def called(q: Array, k: Array, v: Array, *given: Array | None) -> Array:
+        return function(q, k, v, *given)
 
     called.__name__ = called.__qualname__ = "functional_bp.attention"
     return jax.jit(called)

@@ -33,6 +33,14 @@ def integers(what: str, value: Any) -> Array:
     return a
 
 
+def bools(what: str, value: Any) -> Array:
+    """An array of bools."""
+    a = array(what, value)
+    if a.dtype != bool:
+        raise ModelError(f"{what}: takes bools, got {a.dtype}")
+    return a
+
+
 def shaped(what: str, a: Array, shape: tuple[int, ...]) -> None:
     """Raises unless an array has a shape."""
     if a.shape != shape:

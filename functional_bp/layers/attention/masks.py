@@ -21,9 +21,9 @@ class Mask(NamedTuple):
       queries, keys: how many there are.
       lengths: ``(n,)``, how many of the keys count in each example; None for all.
       slopes: ``(g, r)``, how fast scores fall with distance (Press et al. 2022); None for not.
-      bias: ``(n, g or 1, r or 1, queries, keys)``, added to the scores; where it is −∞ a key does
-        not count. None for nothing.
-      allowed: bools ``(n, 1, 1, queries, keys)``, which keys count; None for all.
+      bias: ``(n or 1, g or 1, r or 1, queries, keys)``, added to the scores; where it is −∞ a key
+        does not count. None for nothing.
+      allowed: bools of like axes, which keys count; queries and keys may be 1 too. None for all.
     """
 
     causal: bool
@@ -91,10 +91,11 @@ class Mask(NamedTuple):
 def _block(a: Array, q: Array | int, k: Array | int, shape: tuple[int, ...]) -> Array:
     """Keys k … and queries q … of ``(n, g, r, queries, keys)``, laid out and as many as in scores'
     ``shape``."""
-    block = lax.dynamic_slice(a, (0, 0, 0, q, k), (*a.shape[:3], shape[-1], shape[2]))
-    return jnp.moveaxis(block, -1, 2)
+    for axis, first, size in ((3, q, shape[-1]), (4, k, shape[2])):
+        a = a if a.shape[axis] == 1 else lax.dynamic_slice_in_dim(a, first, size, axis)
+    return jnp.moveaxis(a, -1, 2)
 
 
 def _filled(a: Array, block: int) -> Array:
-    missing = [(0, -size % block) for size in a.shape[-2:]]
+    missing = [(0, -size % block if size > 1 else 0) for size in a.shape[-2:]]
     return jnp.pad(a, [*[(0, 0)] * (a.ndim - 2), *missing])

@@ -121,7 +121,7 @@ def backward(
 
 def _put(d_bias: Array, ds: Array, i: Array | int, j: Array | int) -> Array:
     """∂C/∂bias with what it is for one block: the sum over the heads that have it together."""
-    shared = [axis for axis in (1, 2) if d_bias.shape[axis] == 1]
+    shared = [axis for axis in (0, 1, 2) if d_bias.shape[axis] == 1]
     ds = jnp.moveaxis(ds, 2, -1).sum(shared, keepdims=True)
     return lax.dynamic_update_slice(d_bias, ds, (0, 0, 0, i, j))
 
