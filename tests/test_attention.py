@@ -161,6 +161,12 @@ def test_rotary_positions_are_products_of_complex_numbers():
         check_close(rotated(found, 100.0, back=True), x)
 
 
+def test_its_weights_are_drawn_as_one_says():
+    ones = bp.attention(2, weight_init=jax.nn.initializers.ones)
+    params = ones.init(jax.random.key(0), jnp.ones((3, 4)))
+    assert all((projection["weight"] == 1).all() for projection in params.values())
+
+
 def test_slopes_are_those_of_the_paper():
     assert alibi_slopes(8).tolist() == [2.0**-i for i in range(1, 9)]
 

@@ -10,12 +10,12 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from ...checks import ModelError, abstract, described, flag, number, whole
+from ...checks import ModelError, abstract, described, flag, function, number, whole
 from ...contractions import keep
 from ...docstrings import explained
 from ...layer import Layer
 from ...rules import rule
-from ..dense import dense
+from ..dense import Initializer, dense, lecun_normal
 from . import streamed
 from .masks import Mask
 from .positions import alibi_slopes, rotated
@@ -49,6 +49,7 @@ def attention(
     alibi: bool = False,
     size: int | None = None,
     bias: bool = True,
+    weight_init: Initializer = lecun_normal,
 ) -> Layer:
     """Attention of a sequence to itself, or to another one, in memory linear in its length.
 
@@ -81,6 +82,7 @@ def attention(
       alibi: whether scores fall linearly with distance.
       size: d, the features of a head; features / heads if not given.
       bias: whether the projections have biases.
+      weight_init: of the projections, as ``bp.dense``'s.
 
     Raises:
       ModelError: for heads that do not divide, a window below 1, and where the input or the
@@ -99,13 +101,14 @@ def attention(
     flag("attention: causal", causal)
     flag("attention: alibi", alibi)
     flag("attention: bias", bias)
+    function("attention: weight_init", weight_init)
     if window is not None:
         whole("attention: window", window)
     if rotary is not None:
         number("attention: rotary", rotary, above=1)
     if size is not None:
         whole("attention: size", size)
-    of = _Attention(heads, groups, causal, window, rotary, alibi, size, bias)
+    of = _Attention(heads, groups, causal, window, rotary, alibi, size, bias, weight_init)
     given = {"kv_heads": kv_heads, "window": window, "rotary": rotary, "size": size}
     said = [f"{name}={value}" for name, value in given.items() if value is not None]
     said += [f"causal={causal}"] * (not causal) + ["alibi=True"] * alibi
@@ -131,11 +134,13 @@ class _Attention:
     alibi: bool
     size: int | None
     bias: bool
+    weight_init: Initializer
 
     def projections(self, features: int) -> dict[str, Layer]:
         d = self.features_of_head(features)
         sizes = {"query": self.heads * d, "key": self.groups * d, "value": self.groups * d}
-        return {n: dense(s, bias=self.bias) for n, s in (sizes | {"output": features}).items()}
+        how: Any = {"bias": self.bias, "weight_init": self.weight_init}
+        return {n: dense(s, **how) for n, s in (sizes | {"output": features}).items()}
 
     def features_of_head(self, features: int) -> int:
         return features // self.heads if self.size is None else self.size
