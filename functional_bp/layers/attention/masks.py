@@ -58,8 +58,8 @@ class Mask(NamedTuple):
     def scored(self, s: Array, q: Array | int, k: Array | int) -> tuple[Array, Array]:
         """Scores ``(n, g, k, r, q)`` of keys k … and queries q … with what is added to them, and
         which of them count, ``(n or 1, g or 1, k, r or 1, q)``."""
-        queries = q + jnp.arange(s.shape[-1])
-        keys = (k + jnp.arange(s.shape[2]))[:, None, None]
+        queries = (q + jnp.arange(s.shape[-1]))[None, None, None, None, :]
+        keys = (k + jnp.arange(s.shape[2]))[None, None, :, None, None]
         if self.slopes is not None:
             distance = jnp.abs(queries - keys).astype(s.dtype)
             s = s - self.slopes.astype(s.dtype)[None, :, None, :, None] * distance
@@ -70,7 +70,6 @@ class Mask(NamedTuple):
             counts = counts & (queries - keys < self.window)
             if not self.causal:
                 counts = counts & (keys - queries < self.window)
-        counts = counts[None, None]
         if self.lengths is not None:
             counts = counts & (keys < self.lengths[:, None, None, None, None])
         if self.allowed is not None:
