@@ -6,6 +6,15 @@ Layers (``model.init(key, x)`` takes one example, ``model.apply(params, x)`` a b
     rnn                     recurrent, plain
     lstm                    recurrent, with a cell state and gates
     gru                     recurrent, with gates
+    conv                    a convolution, with any number of spatial axes, channels last
+    conv_transpose          its transpose
+    max_pool                the highest of each window
+    avg_pool                the mean of each window
+    global_max_pool         the highest of each channel
+    global_avg_pool         the mean of each channel
+    upsample                more positions, nearest or linear
+    pad                     zeros around an image
+    crop                    an image without its border
     attention               of a sequence to itself or another, in linear memory
     positions               a learned vector for every position, added
     bidirectional           a recurrent layer from both ends
@@ -133,7 +142,7 @@ layer, ``recursion.py`` from the cost. Then bottom up:
     layer, rules    what a layer is, and how a rule for one example becomes one
     losses/         the last layer
     traced/         a layer from any JAX function
-    layers/         one file for each family of rules; combinators; recurrence/
+    layers/         one file for each family of rules; combinators; recurrence/, convolution/
     ops/            rules as functions of arrays
     recursion       a model with its loss, forward and back
     quantity        what every quantity shares
@@ -174,6 +183,9 @@ from .layers.activations import (
 from .layers.attention.attention import attention
 from .layers.attention.positions import positions
 from .layers.chains import chain, parallel, residual
+from .layers.convolution.conv import conv, conv_transpose
+from .layers.convolution.pools import avg_pool, global_avg_pool, global_max_pool, max_pool
+from .layers.convolution.resizing import crop, pad, upsample
 from .layers.dense import dense
 from .layers.dropout import dropout
 from .layers.embedding import embedding
@@ -236,12 +248,16 @@ __all__ = [
     "add",
     "at",
     "attention",
+    "avg_pool",
     "batch_norm",
     "bidirectional",
     "chain",
     "clipped_grad",
     "concatenate",
     "contractions",
+    "conv",
+    "conv_transpose",
+    "crop",
     "delete_checkpoints",
     "deltas",
     "dense",
@@ -266,6 +282,8 @@ __all__ = [
     "gelu_tanh",
     "ggn_diagonal",
     "ggnvp",
+    "global_avg_pool",
+    "global_max_pool",
     "glu",
     "grad",
     "grad_diversity",
@@ -290,11 +308,13 @@ __all__ = [
     "log_softmax",
     "losses",
     "lstm",
+    "max_pool",
     "merged",
     "minibatches",
     "mish",
     "multiply",
     "ops",
+    "pad",
     "parallel",
     "per_example_grad_norms",
     "per_example_grads",
@@ -320,6 +340,7 @@ __all__ = [
     "through_time",
     "tied",
     "trainable",
+    "upsample",
     "value_and_grad",
 ]
 

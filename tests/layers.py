@@ -30,6 +30,7 @@ from functional_bp.losses import vocabulary
 VECTOR = jax.ShapeDtypeStruct((4,), jnp.float32)
 SQUARE = jax.ShapeDtypeStruct((2, 2), jnp.float32)
 POSITIONS = jax.ShapeDtypeStruct((2, 4), jnp.float32)
+IMAGE = jax.ShapeDtypeStruct((4, 3, 2), jnp.float32)
 MANY = jax.ShapeDtypeStruct((6, 4), jnp.float32)
 SEQUENCE = jax.ShapeDtypeStruct((3, 2), jnp.float32)
 IDS_OF_WORDS = jnp.array([1, 4, 1])
@@ -190,6 +191,22 @@ RULES = {
     # So few outputs that norms and Gram matrices are cheapest from gₙ multiplied out.
     "dense to one at positions": (bp.dense(1), POSITIONS),
     **{name: (layer, VECTOR) for name, layer in ACTIVATIONS.items()},
+    "conv": (bp.conv(2, 3), IMAGE),
+    "conv, dilated, circular": (bp.conv(2, 2, dilation=2, padding="CIRCULAR"), MANY),
+    "conv in groups": (bp.conv(4, (3,), strides=2, groups=2, bias=False), MANY),
+    "conv_transpose": (bp.conv_transpose(2, 3, strides=2), SEQUENCE),
+    "conv_transpose in groups": (
+        bp.conv_transpose(4, 2, strides=2, groups=2, padding="VALID"),
+        MANY,
+    ),
+    "max_pool": (bp.max_pool(2, strides=1, padding="SAME"), IMAGE),
+    "avg_pool": (bp.avg_pool(3, strides=2, padding=1), IMAGE),
+    "global_max_pool": (bp.global_max_pool, IMAGE),
+    "global_avg_pool": (bp.global_avg_pool, IMAGE),
+    "upsample": (bp.upsample(2), SEQUENCE),
+    "upsample in lines": (bp.upsample((3, 2), method="linear"), IMAGE),
+    "pad": (bp.pad(((1, 2), 0)), IMAGE),
+    "crop": (bp.crop(1), MANY),
     "identity": (bp.identity, VECTOR),
     "layer_norm": (bp.layer_norm(), VECTOR),
     "layer_norm at positions": (bp.layer_norm(bias=False), POSITIONS),

@@ -32,6 +32,8 @@ def a_function(*args):
 CELL = bp.Cell("mine", 2, ("h",), *(a_function,) * 5)
 NO_NUMBERS = ("3", None, 1j, [1.0], jnp.ones(2), math.nan, math.inf)
 NO_WHOLE = ("3", 2.5, math.nan, [1], jnp.ones(2), True, 1j)
+NO_SIZES = ("3", 2.5, None, math.nan, True, 1j, 0, -1, (), (0,), (2.5,), ("3",))
+NO_SIDES = ("3", 2.5, None, math.nan, True, 1j, -1, (), (2.5,), (None,), ((1, 2, 3),), ((-1, 0),))
 NO_LAYERS = (3, "relu", None, LOSS, a_function, X)
 
 # What each kind of argument does not take. None is not taken unless the kind says so.
@@ -88,6 +90,10 @@ BAD = {
     "examples": ("x", None, 3, [1.0], X[0, 0]),
     "an example": ("x", None),
     "an array": ("x", None, 3, [1.0], X.astype(int), X[0, 0]),
+    "sizes": NO_SIZES,
+    "sizes or none": tuple(bad for bad in NO_SIZES if bad is not None),
+    "sides": NO_SIDES,
+    "padding": ("same", *NO_SIDES),
     "bools or none": ("x", 3, [True], X),
     "an array or none": ("x", 3, [1.0], X.astype(int)),
     "integers": ("ids", None, 3, [1], X, Y[:2]),
@@ -133,6 +139,8 @@ KINDS = {
     ),
     **dict.fromkeys(("seed", "epochs", "steps"), "whole from 0 or none"),
     **dict.fromkeys(("heads", "length"), "whole from 1"),
+    **dict.fromkeys(("kernel_size", "strides", "dilation", "factor"), "sizes"),
+    **{"padding": "padding", "sides": "sides"},
     **dict.fromkeys(("kv_heads", "window"), "whole from 1 or none"),
     **dict.fromkeys(("causal", "alibi", "approximate"), "flag"),
     "rotary": "above 1 or none",
@@ -217,6 +225,8 @@ IN = {
     ("ops.linear_softmax_cross_entropy", "weights"): "an array or none",
     ("ops.attention", "bias"): "an array or none",
     ("ops.attention", "mask"): "bools or none",
+    **{(of, "window"): "sizes" for of in ("max_pool", "avg_pool")},
+    **{(of, "strides"): "sizes or none" for of in ("max_pool", "avg_pool")},
     ("equations", "params"): "arrays or none",
     ("check_layer", "x"): "an example",
     **dict.fromkeys((("check_layer", "seed"), ("check_model", "seed")), "whole from 0"),
@@ -238,7 +248,7 @@ GOOD = {
     **{"sigma": jnp.tanh, "dsigma": jnp.cos, "name": "mine", "value": a_function},
     **{"delta": a_function, "init": a_function, "forward": a_function, "backward": a_function},
     **{"local": a_function, "factors": a_function, "state": ("h",), "hidden": 2, "features": 3},
-    **{"heads": 2, "length": 3},
+    **{"heads": 2, "length": 3, "kernel_size": 3, "window": 2, "factor": 2, "sides": 1},
     **{"vocabulary": 4, "size": 2, "max_norm": 1.0, "threshold": 1.0, "rate": 0.1},
     **{
         "smoothing": 0.1,

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from jax import lax
 
 import functional_bp as bp
-from functional_bp.factors.convolved import Convolution, Convolved, as_patches
 from functional_bp.traced import jaxprs
+from functional_bp.traced.routes import InConvolution
 
 KEY = jax.random.key(0)
 LOSS = bp.losses.squared_error
@@ -373,12 +373,19 @@ def test_a_convolutions_patches_make_its_gradient(layout):
         **{"window_strides": (2, 1), "padding": ((1, 0), (0, 1)), "lhs_dilation": (1, 1)},
         **{"rhs_dilation": (1, 2), "feature_group_count": 1, "dimension_numbers": numbers},
     }
-    convolution = Convolution(kernel, tuple(options.items()))
-    a = jnp.asarray(normal(1, N, 1, 7, 6, 2))
-    delta = jnp.asarray(normal(2, N, *jax.eval_shape(convolution, a[0], jnp.ones(kernel)).shape))
-    factor = Convolved(a, delta, convolution)
-    each, patches = factor.each(), as_patches(factor)
-    check_equal({"each": patches.each()}, {"each": each})
+
+    def convolution(a, kernel):
+        return lax.conv_general_dilated(a, kernel, **options)
+
+    a, W = jnp.asarray(normal(1, N, 1, 7, 6, 2)), jnp.asarray(normal(3, *kernel))
+    delta = jnp.asarray(normal(2, N, *jax.eval_shape(convolution, a[0], W).shape))
+
+    def gradient(a, delta):
+        return jax.vjp(functools.partial(convolution, a), W)[1](delta)[0]
+
+    each = jax.vmap(gradient)(a, delta)
+    factor = InConvolution.of(kernel, options).factor(a, delta, ())
+    check_equal({"each": factor.each()}, {"each": each})
     check_equal({"total": factor.total()}, {"total": each.sum(0)})
     outer = factor.as_outer().each().reshape(each.shape)
     check_equal({"outer": outer}, {"outer": each})

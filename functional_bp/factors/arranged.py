@@ -15,6 +15,7 @@ from .combined import Stacked, Sum
 from .factored import Factored, Itself, Outer
 from .rows import Rows
 
+Axes = tuple[tuple[int, ...], tuple[int, ...]]  # their sizes, and the order they go on in
 Moves = tuple[tuple[str, tuple[int, ...]], ...]
 
 
@@ -70,32 +71,43 @@ class Arranged(Factored):
 
     @property
     def rows_are_inputs(self) -> bool:
-        return self._is_transposed() != self.factor.rows_are_inputs
+        outer = jax.eval_shape(self.factor.as_outer)
+        lying = None if outer is None else self._lying(outer.u.shape[-1])
+        transposed = lying is not None and lying[0]
+        return transposed != self.factor.rows_are_inputs
 
     def as_outer(self) -> Outer | None:
-        outer, transposed = self.factor.as_outer(), self._is_transposed()
-        if outer is None or transposed is None:
+        outer = self.factor.as_outer()
+        lying = None if outer is None else self._lying(outer.u.shape[-1])
+        if outer is None or lying is None:
             return None
-        return Outer(outer.v, outer.u) if transposed else outer
+        transposed, rows, columns = lying
+        u, v = _reordered(outer.u, *rows), _reordered(outer.v, *columns)
+        return Outer(v, u) if transposed else Outer(u, v)
 
-    def _is_transposed(self) -> bool | None:
-        """Whether the parameter, as a matrix, is the transpose of the factor's; None if neither."""
-        rows, *rest = jax.eval_shape(self.factor.each).shape[1:]
-        shape, order = (rows, *rest), tuple(range(1 + len(rest)))
+    def _lying(self, rows: int) -> tuple[bool, Axes, Axes] | None:
+        """Whether the parameter, as a matrix, is the transpose of the factor's, which has so many
+        rows; and the axes that its rows and its columns are made of, with their new order. None if
+        rows and columns are mixed."""
+        shape, order = jax.eval_shape(self.factor.each).shape[1:], None
         for move, how in self.moves:
+            order = tuple(range(len(shape))) if order is None else order
             if move == "transpose":
                 order = tuple(order[axis] for axis in how)
             elif order == tuple(range(len(order))):
                 shape, order = how, tuple(range(len(how)))
             else:
                 return None
-        split = next((k for k in order if math.prod(shape[:k]) == rows), None)
-        if order == tuple(sorted(order)):
-            return False
+        order = tuple(range(len(shape))) if order is None else order
+        split = next((k for k in range(len(shape) + 1) if math.prod(shape[:k]) == rows), None)
         if split is None:
             return None
-        swapped = (*range(split, len(shape)), *range(split))
-        return True if order == swapped else None
+        of_rows = tuple(axis for axis in order if axis < split)
+        of_columns = tuple(axis for axis in order if axis >= split)
+        if order not in ((*of_rows, *of_columns), (*of_columns, *of_rows)):
+            return None
+        columns = shape[split:], tuple(axis - split for axis in of_columns)
+        return order[:split] != of_rows, (shape[:split], of_rows), columns
 
     def _moved(self, array: Array) -> Array:
         for move, how in self.moves:
@@ -110,6 +122,16 @@ class Arranged(Factored):
             shapes.append(shape)
             shape = how if move == "reshape" else tuple(shape[axis] for axis in how)
         return shapes
+
+
+def _reordered(vectors: Array, sizes: tuple[int, ...], order: tuple[int, ...]) -> Array:
+    """``(n, t, numbers)`` with the numbers, which lie on axes of these sizes, in another order."""
+    if order == tuple(sorted(order)):
+        return vectors
+    lead = vectors.shape[:-1]
+    on_axes = vectors.reshape(*lead, *sizes)
+    moved = on_axes.transpose((*range(len(lead)), *(len(lead) + axis for axis in order)))
+    return moved.reshape(vectors.shape)
 
 
 def inverse(permutation: Sequence[int]) -> tuple[int, ...]:

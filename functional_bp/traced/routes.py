@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
 from ..checks import abstract
 from ..factors.arranged import inverse, reshaped, transposed
@@ -121,35 +121,58 @@ class InLookUp:
 
 @dataclass(frozen=True)
 class InConvolution:
-    """z = conv(a, W)."""
+    """z = conv(a, W), W of ``shape``."""
 
+    shape: Shape
     convolution: Convolution
+    numbers: lax.ConvDimensionNumbers
 
     name = "convolution"
 
+    @classmethod
+    def of(cls, shape: Shape, options: dict[str, Any]) -> InConvolution:
+        """From what ``lax.conv_general_dilated`` is told."""
+        numbers = options["dimension_numbers"]
+        convolution = Convolution(
+            kernel=tuple(shape[axis] for axis in _lying(numbers.rhs_spec)),
+            strides=options["window_strides"],
+            pads=options["padding"],
+            dilation=options["rhs_dilation"],
+            spread=options["lhs_dilation"],
+            groups=options["feature_group_count"],
+        )
+        return cls(shape, convolution, numbers)
+
     @property
     def summed(self) -> int:
-        return math.prod(self.convolution.kernel) // self.convolution.outputs
+        return math.prod(self.shape) // self.convolution.outputs
 
     def reads(self, values: Sequence[Array]) -> Array:
         return values[0]
 
     def factor(self, a: Array, delta: Array, mapped: tuple[bool, ...]) -> Factored:
-        numbers, kernel = self.convolution.numbers, self.convolution.kernel
+        numbers, first = self.numbers, 1 + sum(mapped)
         turns = [1 + i for i, over in enumerate(mapped) if not over]
 
-        def one_batch(array: Array, axis: int) -> Array:
-            """The turns of loops that share the kernel, as more of the batch axis."""
-            first = 1 + sum(mapped) + axis
-            last = first + len(turns)
-            array = jnp.moveaxis(array, turns, range(first, last))
-            size = math.prod(array.shape[first : last + 1])
-            return array.reshape(*array.shape[:first], size, *array.shape[last + 1 :])
+        def one_batch(array: Array, spec: Sequence[int]) -> Array:
+            """``(n, *loops, b, *space, features)``; the turns of loops that share the kernel are
+            more of b."""
+            array = jnp.moveaxis(array, turns, range(first, first + len(turns)))
+            batch, features, *space = (axis + first + len(turns) for axis in spec)
+            order = (*range(first + len(turns)), batch, *space, features)
+            array = array.transpose(order)
+            return array.reshape(*array.shape[:first], -1, *array.shape[first + len(turns) + 1 :])
 
-        arrays = (one_batch(a, numbers.lhs_spec[0]), one_batch(delta, numbers.out_spec[0]))
+        arrays = (one_batch(a, numbers.lhs_spec), one_batch(delta, numbers.out_spec))
         make = functools.partial(Convolved, convolution=self.convolution)
         f = _stacked(make, arrays, [True] * sum(mapped))
-        return reshaped(f, (*_lengths(a, mapped), *kernel))
+        return _laid_out(f, _lengths(a, mapped), self.shape, _lying(numbers.rhs_spec))
+
+
+def _lying(rhs_spec: Sequence[int]) -> tuple[int, ...]:
+    """A kernel's axes as ``Convolution`` has them: the window's, in, out."""
+    out, in_, *window = rhs_spec
+    return (*window, in_, out)
 
 
 @dataclass(frozen=True, eq=False)
@@ -251,7 +274,7 @@ def recognised(equation: Equation, operand: int) -> Route | None:
     if of_look_up is not None and operand == 0:
         return InLookUp(shape, of_look_up)
     if options is not None and operand == 1:
-        return InConvolution(Convolution(shape, tuple(options.items())))
+        return InConvolution.of(shape, options)
     return None
 
 
